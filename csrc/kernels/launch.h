@@ -1,0 +1,25 @@
+// The kernel library's whole interface: one function an op, launching on the current device and the given
+// stream. Arguments are trusted to match params.h; the ops/ files and the bench programs check them.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+
+#include "params.h"
+
+namespace fusedkv {
+
+cudaError_t run_write_kv(const WriteKvParams& params, cudaStream_t stream);
+cudaError_t run_rope_write_kv(const RopeWriteKvParams& params, cudaStream_t stream);
+cudaError_t run_rope_key_projection(const RopeKeyProjectionParams& params, cudaStream_t stream);
+cudaError_t run_fuse_kv(const FuseKvParams& params, cudaStream_t stream);
+
+size_t fuse_kv_backward_workspace_bytes(const FuseKvBackwardParams& params);
+cudaError_t run_fuse_kv_backward(const FuseKvBackwardParams& params, cudaStream_t stream);
+
+cudaError_t run_attention_schedule(const AttentionScheduleParams& params, cudaStream_t stream);
+size_t fused_attention_workspace_bytes(const FusedAttentionParams& params);
+cudaError_t run_fused_attention(const FusedAttentionParams& params, cudaStream_t stream);
+
+}  // namespace fusedkv

@@ -1,0 +1,162 @@
+// One plain struct an op: everything its kernels need, with the shape beside every pointer.
+// No torch here: the bench programs fill these structs themselves.
+//
+// Dimensions: T tokens, B sequences, Q query tokens a sequence, Hq query heads, Hkv key/value heads,
+// G = Hq / Hkv, D head dim. Strides count elements; the last dimension always has stride 1.
+#pragma once
+
+#include <cstdint>
+
+namespace fusedkv {
+
+constexpr int kMaxSources = 8;  // sources that fuse_kv mixes; fused_attention takes 1 or 2
+
+enum class DType { kF16, kBF16, kE4M3 };
+
+// A cache of one layer's keys or values: [num_pages, page_size, Hkv, D].
+struct PagedCache {
+  void* data;
+  int64_t page_stride, token_stride, head_stride;
+};
+
+// slot = page * page_size + offset in the page. A slot outside [0, num_pages * page_size) is skipped.
+struct CacheGeometry {
+  int64_t num_pages;
+  int page_size;
+};
+
+struct WriteKvParams {
+  DType dtype;        // of k and v: f16 or bf16
+  DType cache_dtype;  // the same, or e4m3
+  int64_t num_tokens;
+  int num_kv_heads, head_dim;
+  const void* k;  // [T, Hkv, D]
+  const void* v;  // [T, Hkv, D]
+  int64_t k_token_stride, k_head_stride, v_token_stride, v_head_stride;
+  PagedCache k_cache, v_cache;
+  CacheGeometry cache;
+  const int64_t* slot_mapping;  // [T]
+  const float* k_scale;         // [Hkv, D] or null: stored = saturate(k / k_scale)
+  const float* v_scale;         // [Hkv, D] or null
+};
+
+// RMSNorm over each head of q and k, RoPE of q and k, and the cache write of k and v.
+struct RopeWriteKvParams {
+  DType dtype, cache_dtype;
+  int64_t num_tokens;
+  int num_q_heads, num_kv_heads, head_dim;  // num_kv_heads == 0: only q, no cache
+  const void* qkv;                          // [T, Hq + 2 * Hkv, D], heads and channels contiguous
+  int64_t qkv_token_stride;
+  void* q_out;  // [T, Hq, D] contiguous; null when num_q_heads == 0
+  PagedCache k_cache, v_cache;
+  CacheGeometry cache;
+  const int64_t* slot_mapping;  // [T]
+  const void* positions;        // [T], int32 or int64
+  bool positions_are_int64;
+  const float* cos_sin;  // [max_positions, D]: cos in the first D/2 columns, sin in the others
+  int64_t max_positions;
+  const void* q_norm;  // [D] of dtype, or null for no norm
+  const void* k_norm;  // [D] of dtype, or null
+  float eps;
+  bool interleaved;      // pairs (2j, 2j+1) instead of (j, j + D/2)
+  const float* k_scale;  // [Hkv, D] or null
+  const float* v_scale;  // [Hkv, D] or null
+};
+
+// x @ weight^T (+ bias), then per head what RopeWriteKvParams says. Rows of weight are heads in the order
+// q (Hq), k (Hkv), v (Hkv). With num_kv_heads == 0 every head is a q head.
+struct RopeKeyProjectionParams {
+  DType dtype, cache_dtype;
+  int64_t num_tokens;
+  int hidden;  // K of the product, a multiple of 8
+  int num_q_heads, num_kv_heads, head_dim;
+  const void* x;       // [T, hidden]
+  int64_t x_stride;    // between rows
+  const void* weight;  // [(Hq + 2 * Hkv) * D, hidden] contiguous
+  const void* bias;    // [(Hq + 2 * Hkv) * D] or null
+  void* q_out;         // [T, Hq, D] contiguous; null when num_q_heads == 0
+  PagedCache k_cache, v_cache;
+  CacheGeometry cache;
+  const int64_t* slot_mapping;  // [T]
+  const void* positions;        // [T], int32 or int64
+  bool positions_are_int64;
+  const float* cos_sin;  // [max_positions, D]
+  int64_t max_positions;
+  const void* q_norm;  // [D] of dtype, or null
+  const void* k_norm;  // [D] of dtype, or null
+  float eps;
+  bool interleaved;
+  const float* k_scale;  // [Hkv, D] or null
+  const float* v_scale;  // [Hkv, D] or null
+};
+
+// One side (keys or values) of fuse_kv: out = sum_s weights[s] * sources[s], channel by channel.
+struct FuseSide {
+  int num_sources;                   // 1 .. kMaxSources
+  const void* sources[kMaxSources];  // each [rows, Hkv, D], heads and channels contiguous
+  int64_t row_strides[kMaxSources];
+  const float* weights;  // [num_sources, Hkv, D]
+  void* out;             // [rows, Hkv, D] contiguous
+};
+
+struct FuseKvParams {
+  DType dtype;
+  int64_t rows;
+  int num_kv_heads, head_dim;
+  FuseSide k, v;
+};
+
+struct FuseBackwardSide {
+  int num_sources;
+  const void* sources[kMaxSources];
+  int64_t row_strides[kMaxSources];
+  const float* weights;  // [num_sources, Hkv, D]
+  const void* grad_out;  // [rows, Hkv, D], heads and channels contiguous
+  int64_t grad_out_row_stride;
+  void* grad_sources[kMaxSources];  // each [rows, Hkv, D] contiguous
+  float* grad_weights;              // [num_sources, Hkv, D]
+};
+
+struct FuseKvBackwardParams {
+  DType dtype;
+  int64_t rows;
+  int num_kv_heads, head_dim;
+  FuseBackwardSide k, v;
+  void* workspace;  // fuse_kv_backward_workspace_bytes(params) bytes
+};
+
+// The work split of fused_attention, see schedule.cuh: int32
+// [B + 1 cumulative counts of 64-token blocks | B * Hkv * ceil(G * Q / 64) merge counters, all zero].
+struct AttentionScheduleParams {
+  int batch, num_query_tokens, num_q_heads, num_kv_heads;
+  int window;           // 0: no window
+  int64_t max_seq_len;  // lengths are clamped to [0, max_seq_len]
+  const int* seq_lens;  // [B]
+  int* schedule;
+};
+
+// Query token j of a sequence stands at position seq_len - Q + j and sees the positions up to its own, the
+// last `window` of them when window > 0.
+struct FusedAttentionParams {
+  DType dtype;        // of q and out
+  DType cache_dtype;  // of every source
+  int batch, num_query_tokens, num_q_heads, num_kv_heads, head_dim;
+  const void* q;  // [B, Q, Hq, D]
+  int64_t q_batch_stride, q_token_stride, q_head_stride;
+  void* out;                         // [B, Q, Hq, D] contiguous
+  int num_k_sources, num_v_sources;  // 1 or 2 each
+  PagedCache k_sources[2], v_sources[2];
+  CacheGeometry cache;
+  const float* key_weights;    // [num_k_sources, Hkv, D] or null for ones
+  const float* value_weights;  // [num_v_sources, Hkv, D] or null for ones
+  const int* block_table;      // [B, max_pages]; an entry outside [0, num_pages) makes its tokens invisible
+  int64_t block_table_stride;
+  int max_pages;
+  const int* seq_lens;  // [B]
+  int* schedule;        // from run_attention_schedule; its counters are zero again after the launch
+  float scale;
+  int window;
+  void* workspace;  // fused_attention_workspace_bytes(params) bytes
+};
+
+}  // namespace fusedkv

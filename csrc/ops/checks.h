@@ -1,0 +1,241 @@
+// Checks of the arguments of the CUDA implementations: fusedkv_ext/checks.py with what the kernels need on
+// top (16-byte alignment). Every message has the form `op: argument: expected ..., got ...`.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+#include <cuda_runtime_api.h>
+
+#include <array>
+#include <limits>
+#include <ostream>
+#include <sstream>
+#include <string>
+
+#include "kernels/params.h"
+#include "ops/ops.h"
+
+namespace fusedkv::ops {
+
+// A macro, so that `expected` and `got` are formatted for a failing check only: these run on every call.
+#define FUSEDKV_EXPECT(op, condition, argument, expected, got) \
+  TORCH_CHECK_VALUE(condition, op, ": ", argument, ": expected ", expected, ", got ", got)
+
+inline constexpr int64_t kAny = -1;  // in a shape: any size
+inline constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
+
+inline constexpr std::array kHalf = {at::kHalf, at::kBFloat16};
+inline constexpr std::array kFloat = {at::kFloat};
+inline constexpr std::array kInt32 = {at::kInt};
+inline constexpr std::array kInt64 = {at::kLong};
+inline constexpr std::array kIndex = {at::kInt, at::kLong};
+
+// The name of an argument, or of one tensor of a list: `k_sources[1]`.
+struct Argument {
+  Argument(const char* name, int64_t index = -1) : name(name), index(index) {}
+  friend std::ostream& operator<<(std::ostream& out, const Argument& a) {
+    return a.index < 0 ? out << a.name : out << a.name << '[' << a.index << ']';
+  }
+  const char* name;
+  int64_t index;
+};
+
+inline std::string dtype_name(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kHalf:
+      return "float16";
+    case at::kBFloat16:
+      return "bfloat16";
+    case at::kFloat:
+      return "float32";
+    case at::kDouble:
+      return "float64";
+    case at::kFloat8_e4m3fn:
+      return "float8_e4m3fn";
+    case at::kInt:
+      return "int32";
+    case at::kLong:
+      return "int64";
+    default:
+      return c10::toString(dtype);
+  }
+}
+
+inline std::string dtype_names(at::ArrayRef<at::ScalarType> dtypes) {
+  std::string names;
+  for (const at::ScalarType dtype : dtypes) names += (names.empty() ? "" : " or ") + dtype_name(dtype);
+  return names;
+}
+
+inline std::string shape_name(at::IntArrayRef shape) {
+  std::ostringstream out;
+  for (size_t i = 0; i < shape.size(); ++i) {
+    out << (i == 0 ? "[" : ", ");
+    if (shape[i] == kAny) {
+      out << '*';
+    } else {
+      out << shape[i];
+    }
+  }
+  out << ']';
+  return out.str();
+}
+
+// Checks of one call of one op; every tensor must be on the device of `first`.
+class Checker {
+ public:
+  Checker(const char* op, const at::Tensor& first) : op(op), device_(first.device()) {}
+
+  // Device, dtype, shape, and unit stride of the last dimension.
+  void tensor(Argument name, const at::Tensor& x, at::ArrayRef<at::ScalarType> dtypes,
+              at::IntArrayRef shape) const {
+    FUSEDKV_EXPECT(op, x.device() == device_, name, c10::str("device ", device_), x.device());
+    bool known = false;
+    for (const at::ScalarType dtype : dtypes) known |= x.scalar_type() == dtype;
+    FUSEDKV_EXPECT(op, known, name, "dtype " + dtype_names(dtypes), dtype_name(x.scalar_type()));
+    bool fits = x.dim() == static_cast<int64_t>(shape.size());
+    for (size_t i = 0; fits && i < shape.size(); ++i) fits = shape[i] == kAny || shape[i] == x.size(i);
+    FUSEDKV_EXPECT(op, fits, name, "shape " + shape_name(shape), x.sizes());
+    const bool unit = x.dim() == 0 || x.numel() == 0 || x.size(-1) == 1 || x.stride(-1) == 1;
+    FUSEDKV_EXPECT(op, unit, name, "stride 1 in the last dimension", x.stride(-1));
+  }
+
+  void contiguous(Argument name, const at::Tensor& x) const {
+    FUSEDKV_EXPECT(op, x.is_contiguous(), name, "a contiguous tensor", c10::str("strides ", x.strides()));
+  }
+
+  // What 16-byte loads need: an aligned start, and strides that keep every row aligned.
+  void aligned(Argument name, const at::Tensor& x) const {
+    if (x.numel() == 0) return;
+    const auto address = reinterpret_cast<uintptr_t>(x.data_ptr());
+    FUSEDKV_EXPECT(op, address % 16 == 0, name, "a start aligned to 16 bytes", address % 16);
+    for (int64_t i = 0; i + 1 < x.dim(); ++i) {
+      const bool multiple = x.size(i) == 1 || x.stride(i) * x.element_size() % 16 == 0;
+      FUSEDKV_EXPECT(op, multiple, name, "strides that are multiples of 16 bytes",
+                     c10::str("strides ", x.strides(), " of ", x.element_size(), " byte elements"));
+    }
+  }
+
+  void head_dim(int64_t d) const {
+    FUSEDKV_EXPECT(op, d == 64 || d == 128, "head_dim", "64 or 128 on CUDA", d);
+  }
+
+  // A cache [pages, page_size, heads, d] that holds keys or values of the dtype of `like`, or e4m3; pages,
+  // page size and dtype are those of `other`.
+  void cache(Argument name, const at::Tensor& cache, int64_t heads, int64_t d, const at::Tensor& like,
+             const at::Tensor& other) const {
+    FUSEDKV_EXPECT(op, other.dim() == 4, name, "4 dimensions", other.dim());
+    const std::array dtypes = {like.scalar_type(), at::kFloat8_e4m3fn};
+    tensor(name, cache, dtypes, {other.size(0), other.size(1), heads, d});
+    FUSEDKV_EXPECT(op, cache.scalar_type() == other.scalar_type(), name,
+                   "dtype " + dtype_name(other.scalar_type()), dtype_name(cache.scalar_type()));
+    FUSEDKV_EXPECT(op, cache.size(1) <= kMaxInt, name, "a page size below 2^31", cache.size(1));
+    aligned(name, cache);
+  }
+
+  void scale(Argument name, const OptionalTensor& scale, int64_t heads, int64_t d) const {
+    if (!scale) return;
+    tensor(name, *scale, kFloat, {heads, d});
+    contiguous(name, *scale);
+    aligned(name, *scale);
+  }
+
+  void fusion_weights(Argument name, const OptionalTensor& weights, int64_t num_sources, int64_t heads,
+                      int64_t d) const {
+    if (!weights) return;
+    tensor(name, *weights, kFloat, {num_sources, heads, d});
+    contiguous(name, *weights);
+    aligned(name, *weights);
+  }
+
+  void window(int64_t window) const {
+    FUSEDKV_EXPECT(op, window >= 0 && window <= kMaxInt, "window", "0 (none) to 2^31 - 1", window);
+  }
+
+  void norm(Argument name, const OptionalTensor& norm, int64_t d, at::ScalarType dtype) const {
+    if (!norm) return;
+    tensor(name, *norm, dtype, {d});
+    aligned(name, *norm);
+  }
+
+  // Positions and the cos/sin table; returns the head dim.
+  int64_t rope(int64_t tokens, const at::Tensor& positions, const at::Tensor& cos_sin) const {
+    tensor("positions", positions, kIndex, {tokens});
+    tensor("cos_sin", cos_sin, kFloat, {kAny, kAny});
+    contiguous("cos_sin", cos_sin);
+    aligned("cos_sin", cos_sin);
+    head_dim(cos_sin.size(1));
+    FUSEDKV_EXPECT(op, cos_sin.size(0) > 0, "cos_sin", "at least one position", cos_sin.size(0));
+    return cos_sin.size(1);
+  }
+
+  // The outputs of a packed projection of `num_heads` heads, which `packed` ("qkv" or "weight") holds.
+  void projection_outputs(const char* packed, int64_t num_heads, int64_t tokens, int64_t d,
+                          const at::Tensor& like, const OptionalTensor& q_out, const OptionalTensor& k_cache,
+                          const OptionalTensor& v_cache, const OptionalTensor& slot_mapping,
+                          const OptionalTensor& k_scale, const OptionalTensor& v_scale) const {
+    int64_t num_q = 0, num_kv = 0;
+    if (q_out) {
+      tensor("q_out", *q_out, like.scalar_type(), {tokens, kAny, d});
+      contiguous("q_out", *q_out);
+      aligned("q_out", *q_out);
+      num_q = q_out->size(1);
+    }
+    const int given = k_cache.has_value() + v_cache.has_value() + slot_mapping.has_value();
+    FUSEDKV_EXPECT(op, given == 0 || given == 3, "k_cache, v_cache, slot_mapping", "all or none of them",
+                   c10::str(given, " of 3"));
+    if (k_cache) {
+      FUSEDKV_EXPECT(op, k_cache->dim() == 4, "k_cache", "4 dimensions", k_cache->dim());
+      num_kv = k_cache->size(2);
+      cache("k_cache", *k_cache, num_kv, d, like, *k_cache);
+      cache("v_cache", *v_cache, num_kv, d, like, *k_cache);
+      tensor("slot_mapping", *slot_mapping, kInt64, {tokens});
+      scale("k_scale", k_scale, num_kv, d);
+      scale("v_scale", v_scale, num_kv, d);
+    }
+    FUSEDKV_EXPECT(
+        op, num_heads == num_q + 2 * num_kv, packed,
+        c10::str(num_q, " (q_out) + 2 * ", num_kv, " (k_cache, v_cache) heads of ", d, " channels"),
+        c10::str(num_heads, " heads"));
+  }
+
+  const char* const op;
+
+ private:
+  at::Device device_;
+};
+
+// For dtypes that a check has let through.
+inline DType kernel_dtype(const at::Tensor& x) {
+  if (x.scalar_type() == at::kHalf) return DType::kF16;
+  return x.scalar_type() == at::kBFloat16 ? DType::kBF16 : DType::kE4M3;
+}
+
+// Elements of a schedule: see AttentionScheduleParams.
+inline int64_t schedule_entries(int64_t batch, int64_t num_query_tokens, int64_t num_q_heads,
+                                int64_t num_kv_heads) {
+  const int64_t rows = num_q_heads / num_kv_heads * num_query_tokens;
+  return batch + 1 + batch * num_kv_heads * ((rows + 63) / 64);
+}
+
+inline PagedCache paged_cache(const at::Tensor& cache) {
+  return {cache.data_ptr(), cache.stride(0), cache.stride(1), cache.stride(2)};
+}
+
+inline CacheGeometry cache_geometry(const at::Tensor& cache) {
+  return {cache.size(0), static_cast<int>(cache.size(1))};
+}
+
+template <class T = void>
+const T* data_or_null(const OptionalTensor& x) {
+  return x ? static_cast<const T*>(x->data_ptr()) : nullptr;
+}
+
+// Turns what a run_* function returned into an error.
+inline void check_launch(const char* op, cudaError_t status) {
+  FUSEDKV_EXPECT(op, status != cudaErrorInvalidValue, "arguments",
+                 "dtypes and sizes that the CUDA kernels were compiled for", cudaGetErrorString(status));
+  TORCH_CHECK(status == cudaSuccess, op, ": CUDA error: ", cudaGetErrorString(status));
+}
+
+}  // namespace fusedkv::ops

@@ -1,0 +1,16 @@
+// Every op with a CUDA implementation. The schemas are in fusedkv_ext/library.py; torch compares them with
+// these signatures when the extension is loaded.
+#include <torch/library.h>
+
+#include "ops/ops.h"
+
+TORCH_LIBRARY_IMPL(fusedkv, CUDA, m) {
+  m.impl("write_kv", &fusedkv::ops::write_kv);
+  m.impl("rope_write_kv", &fusedkv::ops::rope_write_kv);
+  m.impl("rope_key_projection", &fusedkv::ops::rope_key_projection);
+  m.impl("rope_key_projection_write", &fusedkv::ops::rope_key_projection_write);
+  m.impl("fuse_kv", &fusedkv::ops::fuse_kv);
+  m.impl("fuse_kv_backward", &fusedkv::ops::fuse_kv_backward);
+  m.impl("attention_schedule", &fusedkv::ops::attention_schedule);
+  m.impl("fused_attention", &fusedkv::ops::fused_attention);
+}

@@ -1,0 +1,113 @@
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "kernels/launch.h"
+#include "ops/checks.h"
+#include "ops/ops.h"
+
+namespace fusedkv::ops {
+namespace {
+
+// Checks the inputs that both ops have and returns the head dim.
+int64_t check_inputs(const Checker& check, const at::Tensor& x, const at::Tensor& weight,
+                     const at::Tensor& positions, const at::Tensor& cos_sin, const OptionalTensor& bias) {
+  check.tensor("x", x, kHalf, {kAny, kAny});
+  const int64_t hidden = x.size(1);
+  const int64_t d = check.rope(x.size(0), positions, cos_sin);
+  FUSEDKV_EXPECT(check.op, hidden > 0 && hidden % 8 == 0 && hidden <= kMaxInt, "x",
+                 "a hidden size that is a multiple of 8", hidden);
+  check.tensor("weight", weight, x.scalar_type(), {kAny, hidden});
+  check.contiguous("weight", weight);
+  check.aligned("weight", weight);
+  const int64_t rows = weight.size(0);
+  FUSEDKV_EXPECT(check.op, rows > 0 && rows % d == 0 && rows <= kMaxInt, "weight",
+                 c10::str("rows that are a multiple of the head dim ", d), rows);
+  if (bias) {
+    check.tensor("bias", *bias, x.scalar_type(), {rows});
+    check.aligned("bias", *bias);
+  }
+  return d;
+}
+
+// Fills what both ops have in common, with checked inputs.
+RopeKeyProjectionParams input_params(const at::Tensor& x, const at::Tensor& weight,
+                                     const at::Tensor& positions, const at::Tensor& cos_sin, double eps,
+                                     const OptionalTensor& bias, bool interleaved) {
+  RopeKeyProjectionParams params{};
+  params.dtype = kernel_dtype(x);
+  params.cache_dtype = kernel_dtype(x);
+  params.num_tokens = x.size(0);
+  params.hidden = static_cast<int>(x.size(1));
+  params.head_dim = static_cast<int>(cos_sin.size(1));
+  params.x = x.const_data_ptr();
+  params.x_stride = x.stride(0);
+  params.weight = weight.const_data_ptr();
+  params.bias = data_or_null(bias);
+  params.positions = positions.const_data_ptr();
+  params.positions_are_int64 = positions.scalar_type() == at::kLong;
+  params.cos_sin = cos_sin.const_data_ptr<float>();
+  params.max_positions = cos_sin.size(0);
+  params.eps = static_cast<float>(eps);
+  params.interleaved = interleaved;
+  return params;
+}
+
+// The kernel reads 16 bytes at a time; rows of a view may start anywhere.
+at::Tensor with_aligned_rows(const at::Tensor& x) { return x.stride(0) % 8 == 0 ? x : x.contiguous(); }
+
+}  // namespace
+
+at::Tensor rope_key_projection(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& positions,
+                               const at::Tensor& cos_sin, const OptionalTensor& norm, double eps,
+                               const OptionalTensor& bias, bool interleaved) {
+  const Checker check("rope_key_projection", x);
+  const int64_t d = check_inputs(check, x, weight, positions, cos_sin, bias);
+  check.norm("norm", norm, d, x.scalar_type());
+
+  const c10::cuda::CUDAGuard guard(x.device());
+  const at::Tensor rows = with_aligned_rows(x);
+  check.aligned("x", rows);
+  at::Tensor out = at::empty({x.size(0), weight.size(0) / d, d}, x.options());
+  RopeKeyProjectionParams params = input_params(rows, weight, positions, cos_sin, eps, bias, interleaved);
+  params.num_q_heads = static_cast<int>(out.size(1));
+  params.q_out = out.mutable_data_ptr();
+  params.q_norm = data_or_null(norm);
+  check_launch(check.op, run_rope_key_projection(params, c10::cuda::getCurrentCUDAStream()));
+  return out;
+}
+
+void rope_key_projection_write(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& q_out,
+                               const at::Tensor& k_cache, const at::Tensor& v_cache,
+                               const at::Tensor& positions, const at::Tensor& cos_sin,
+                               const at::Tensor& slot_mapping, const OptionalTensor& q_norm,
+                               const OptionalTensor& k_norm, double eps, const OptionalTensor& bias,
+                               bool interleaved, const OptionalTensor& k_scale,
+                               const OptionalTensor& v_scale) {
+  const Checker check("rope_key_projection_write", x);
+  const int64_t d = check_inputs(check, x, weight, positions, cos_sin, bias);
+  check.norm("q_norm", q_norm, d, x.scalar_type());
+  check.norm("k_norm", k_norm, d, x.scalar_type());
+  check.projection_outputs("weight", weight.size(0) / d, x.size(0), d, x, q_out, k_cache, v_cache,
+                           slot_mapping, k_scale, v_scale);
+
+  const c10::cuda::CUDAGuard guard(x.device());
+  const at::Tensor rows = with_aligned_rows(x);
+  check.aligned("x", rows);
+  RopeKeyProjectionParams params = input_params(rows, weight, positions, cos_sin, eps, bias, interleaved);
+  params.cache_dtype = kernel_dtype(k_cache);
+  params.num_q_heads = q_out ? static_cast<int>(q_out->size(1)) : 0;
+  params.num_kv_heads = static_cast<int>(k_cache.size(2));
+  params.q_out = q_out ? q_out->mutable_data_ptr() : nullptr;
+  params.k_cache = paged_cache(k_cache);
+  params.v_cache = paged_cache(v_cache);
+  params.cache = cache_geometry(k_cache);
+  params.slot_mapping = slot_mapping.const_data_ptr<int64_t>();
+  params.q_norm = data_or_null(q_norm);
+  params.k_norm = data_or_null(k_norm);
+  params.k_scale = data_or_null<float>(k_scale);
+  params.v_scale = data_or_null<float>(v_scale);
+  check_launch(check.op, run_rope_key_projection(params, c10::cuda::getCurrentCUDAStream()));
+}
+
+}  // namespace fusedkv::ops

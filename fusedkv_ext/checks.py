@@ -1,0 +1,262 @@
+"""Argument checks shared by the CPU and the fake (meta) implementations of the ops.
+
+The CUDA implementations repeat them in csrc/ops/checks.h, in front of the kernels. Every message has the
+form `op: argument: expected ..., got ...`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+FLOATS = (*HALF, torch.float32, torch.float64)
+CACHE_DTYPES = (*FLOATS, torch.float8_e4m3fn)
+INDEX = (torch.int32, torch.int64)
+
+
+def expect(condition: bool, op: str, argument: str, expected: str, got: object) -> None:
+    """Raise ValueError `op: argument: expected ..., got ...` unless condition holds."""
+    if not condition:
+        raise ValueError(f"{op}: {argument}: expected {expected}, got {got}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class Checker:
+    """Checks of one call of one op; the device is that of its first tensor."""
+
+    def __init__(self, op: str, device: torch.device):
+        self.op, self.device = op, device
+
+    def expect(self, condition: bool, argument: str, expected: str, got: object) -> None:
+        expect(condition, self.op, argument, expected, got)
+
+    def tensor(
+        self, name: str, x: Tensor, dtypes: Sequence[torch.dtype], shape: Sequence[int | None]
+    ) -> None:
+        """Check device, dtype, shape (None matches any size) and the unit stride of the last dimension."""
+        self.expect(x.device == self.device, name, f"device {self.device}", x.device)
+        self.expect(x.dtype in dtypes, name, "dtype " + " or ".join(map(_name, dtypes)), _name(x.dtype))
+        fits = x.dim() == len(shape) and all(w is None or g == w for g, w in zip(x.shape, shape, strict=True))
+        wanted = "[" + ", ".join("*" if n is None else str(n) for n in shape) + "]"
+        self.expect(fits, name, f"shape {wanted}", f"{list(x.shape)}")
+        unit = x.dim() == 0 or x.numel() == 0 or x.shape[-1] == 1 or x.stride(-1) == 1
+        self.expect(unit, name, "stride 1 in the last dimension", x.stride(-1) if x.dim() else 1)
+
+    def head_dim(self, d: int) -> None:
+        self.expect(d > 0 and d % 2 == 0, "head_dim", "a positive even number", d)
+
+    def cache(self, name: str, cache: Tensor, heads: int, d: int, like: Tensor, other: Tensor) -> None:
+        dtypes = (like.dtype,) if like.dtype == torch.float8_e4m3fn else (like.dtype, torch.float8_e4m3fn)
+        self.tensor(name, cache, dtypes, (other.shape[0], other.shape[1], heads, d))
+        self.expect(cache.dtype == other.dtype, name, f"dtype {_name(other.dtype)}", _name(cache.dtype))
+
+    def scale(self, name: str, scale: Tensor | None, heads: int, d: int) -> None:
+        if scale is not None:
+            self.tensor(name, scale, (torch.float32,), (heads, d))
+
+    def rope(
+        self,
+        tokens: int,
+        positions: Tensor,
+        cos_sin: Tensor,
+        norms: dict[str, Tensor | None],
+        dtype: torch.dtype,
+    ) -> int:
+        """Check positions, the cos/sin table and the norm weights; return the head dim."""
+        self.tensor("positions", positions, INDEX, (tokens,))
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.tensor("cos_sin", cos_sin, (wide,), (None, None))
+        d = cos_sin.shape[1]
+        self.head_dim(d)
+        self.expect(cos_sin.shape[0] > 0, "cos_sin", "at least one position", cos_sin.shape[0])
+        for name, norm in norms.items():
+            if norm is not None:
+                self.tensor(name, norm, (dtype,), (d,))
+        return d
+
+
+def write_kv(k, v, k_cache, v_cache, slot_mapping, k_scale=None, v_scale=None) -> None:
+    c = Checker("write_kv", k.device)
+    c.tensor("k", k, FLOATS, (None, None, None))
+    tokens, heads, d = k.shape
+    c.tensor("v", v, (k.dtype,), (tokens, heads, d))
+    c.cache("k_cache", k_cache, heads, d, k, k_cache)
+    c.cache("v_cache", v_cache, heads, d, k, k_cache)
+    c.tensor("slot_mapping", slot_mapping, (torch.int64,), (tokens,))
+    c.scale("k_scale", k_scale, heads, d)
+    c.scale("v_scale", v_scale, heads, d)
+
+
+def _write_side(
+    c: Checker, num_heads, d, dtype_like, tokens, q_out, k_cache, v_cache, slot_mapping, k_scale, v_scale
+) -> None:
+    num_q = 0
+    if q_out is not None:
+        c.tensor("q_out", q_out, (dtype_like.dtype,), (tokens, None, d))
+        c.expect(q_out.is_contiguous(), "q_out", "a contiguous tensor", f"strides {q_out.stride()}")
+        num_q = q_out.shape[1]
+    num_kv = 0
+    given = [x is not None for x in (k_cache, v_cache, slot_mapping)]
+    c.expect(all(given) or not any(given), "k_cache, v_cache, slot_mapping", "all or none of them", given)
+    if k_cache is not None:
+        c.expect(k_cache.dim() == 4, "k_cache", "4 dimensions", k_cache.dim())
+        num_kv = k_cache.shape[2]
+        c.cache("k_cache", k_cache, num_kv, d, dtype_like, k_cache)
+        c.cache("v_cache", v_cache, num_kv, d, dtype_like, k_cache)
+        c.tensor("slot_mapping", slot_mapping, (torch.int64,), (tokens,))
+        c.scale("k_scale", k_scale, num_kv, d)
+        c.scale("v_scale", v_scale, num_kv, d)
+    heads = f"{num_q} (q_out) + 2 * {num_kv} (k_cache, v_cache) heads of {d} channels"
+    c.expect(
+        num_heads == num_q + 2 * num_kv,
+        "qkv" if c.op == "rope_write_kv" else "weight",
+        heads,
+        f"{num_heads} heads",
+    )
+
+
+def rope_write_kv(
+    qkv,
+    q_out,
+    k_cache,
+    v_cache,
+    positions,
+    cos_sin,
+    q_norm=None,
+    k_norm=None,
+    eps=1e-6,
+    interleaved=False,
+    slot_mapping=None,
+    k_scale=None,
+    v_scale=None,
+) -> None:
+    c = Checker("rope_write_kv", qkv.device)
+    c.tensor("qkv", qkv, FLOATS, (None, None, None))
+    tokens, num_heads, width = qkv.shape
+    d = c.rope(tokens, positions, cos_sin, {"q_norm": q_norm, "k_norm": k_norm}, qkv.dtype)
+    c.expect(width == d, "qkv", f"shape [*, *, {d}]", list(qkv.shape))
+    c.expect(qkv.numel() == 0 or qkv.stride(1) == d, "qkv", "heads packed without gaps", qkv.stride())
+    _write_side(c, num_heads, d, qkv, tokens, q_out, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+
+
+def _projection(c: Checker, x, weight, positions, cos_sin, norms, bias) -> tuple[int, int]:
+    c.tensor("x", x, FLOATS, (None, None))
+    tokens, hidden = x.shape
+    d = c.rope(tokens, positions, cos_sin, norms, x.dtype)
+    c.expect(hidden > 0 and hidden % 8 == 0, "x", "a hidden size that is a multiple of 8", hidden)
+    c.tensor("weight", weight, (x.dtype,), (None, hidden))
+    c.expect(weight.is_contiguous(), "weight", "a contiguous tensor", f"strides {weight.stride()}")
+    rows = weight.shape[0]
+    c.expect(rows > 0 and rows % d == 0, "weight", f"rows that are a multiple of the head dim {d}", rows)
+    if bias is not None:
+        c.tensor("bias", bias, (x.dtype,), (rows,))
+    return rows // d, d
+
+
+def rope_key_projection(
+    x, weight, positions, cos_sin, norm=None, eps=1e-6, bias=None, interleaved=False
+) -> tuple[int, int]:
+    """Return (heads, head_dim)."""
+    c = Checker("rope_key_projection", x.device)
+    return _projection(c, x, weight, positions, cos_sin, {"norm": norm}, bias)
+
+
+def rope_key_projection_write(
+    x,
+    weight,
+    q_out,
+    k_cache,
+    v_cache,
+    positions,
+    cos_sin,
+    slot_mapping,
+    q_norm=None,
+    k_norm=None,
+    eps=1e-6,
+    bias=None,
+    interleaved=False,
+    k_scale=None,
+    v_scale=None,
+) -> None:
+    c = Checker("rope_key_projection_write", x.device)
+    norms = {"q_norm": q_norm, "k_norm": k_norm}
+    heads, d = _projection(c, x, weight, positions, cos_sin, norms, bias)
+    _write_side(c, heads, d, x, x.shape[0], q_out, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+
+
+def _fuse_side(c: Checker, name: str, sources, weights, like: Tensor) -> None:
+    c.expect(1 <= len(sources) <= 8, f"{name}_sources", "1 to 8 tensors", len(sources))
+    c.expect(like.dim() >= 2, f"{name}_sources[0]", "at least 2 dimensions", like.dim())
+    heads, d = like.shape[-2:]
+    for i, source in enumerate(sources):
+        argument = f"{name}_sources[{i}]"
+        c.tensor(argument, source, (like.dtype,), tuple(like.shape))
+        packed = source.numel() == 0 or heads == 1 or source.stride(-2) == d
+        c.expect(packed, argument, "heads packed without gaps", source.stride())
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    c.tensor("key_weights" if name == "k" else "value_weights", weights, (wide,), (len(sources), heads, d))
+
+
+def fuse_kv(k_sources, v_sources, key_weights, value_weights) -> None:
+    op = "fuse_kv"
+    expect(len(k_sources) > 0, op, "k_sources", "1 to 8 tensors", 0)
+    c = Checker(op, k_sources[0].device)
+    c.expect(k_sources[0].dtype in FLOATS, "k_sources[0]", "a floating dtype", k_sources[0].dtype)
+    _fuse_side(c, "k", k_sources, key_weights, k_sources[0])
+    _fuse_side(c, "v", v_sources, value_weights, k_sources[0])
+
+
+def fuse_kv_backward(grad_k, grad_v, k_sources, v_sources, key_weights, value_weights) -> None:
+    fuse_kv(k_sources, v_sources, key_weights, value_weights)
+    c = Checker("fuse_kv_backward", k_sources[0].device)
+    for name, grad in (("grad_k", grad_k), ("grad_v", grad_v)):
+        c.tensor(name, grad, (k_sources[0].dtype,), tuple(k_sources[0].shape))
+
+
+def attention_schedule(
+    seq_lens, max_seq_len, num_query_tokens, num_query_heads, num_kv_heads, window=0
+) -> None:
+    c = Checker("attention_schedule", seq_lens.device)
+    c.tensor("seq_lens", seq_lens, (torch.int32,), (None,))
+    c.expect(0 <= max_seq_len < 2**31, "max_seq_len", "0 to 2^31 - 1", max_seq_len)
+    c.expect(1 <= num_query_tokens <= 16, "num_query_tokens", "1 to 16", num_query_tokens)
+    divides = num_kv_heads > 0 and num_query_heads > 0 and num_query_heads % num_kv_heads == 0
+    c.expect(divides, "num_query_heads", f"a multiple of num_kv_heads {num_kv_heads}", num_query_heads)
+    c.expect(window >= 0, "window", "0 (none) or more", window)
+
+
+def fused_attention(
+    q, k_sources, v_sources, key_weights, value_weights, block_table, seq_lens, schedule, scale, window=0
+) -> None:
+    c = Checker("fused_attention", q.device)
+    c.tensor("q", q, FLOATS, (None, None, None, None))
+    batch, num_tokens, num_q_heads, d = q.shape
+    c.head_dim(d)
+    c.expect(1 <= num_tokens <= 16, "q", "1 to 16 query tokens a sequence", num_tokens)
+    for name, sources, weights in (("k", k_sources, key_weights), ("v", v_sources, value_weights)):
+        c.expect(1 <= len(sources) <= 2, f"{name}_sources", "1 or 2 tensors", len(sources))
+        first = k_sources[0]
+        c.expect(first.dim() == 4, "k_sources[0]", "4 dimensions", first.dim())
+        heads = first.shape[2]
+        for i, source in enumerate(sources):
+            c.cache(f"{name}_sources[{i}]", source, heads, d, q, first)
+            same = source.stride() == sources[0].stride()
+            c.expect(same, f"{name}_sources[{i}]", f"strides {sources[0].stride()}", source.stride())
+        if weights is not None:
+            wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+            argument = "key_weights" if name == "k" else "value_weights"
+            c.tensor(argument, weights, (wide,), (len(sources), heads, d))
+    divides = heads > 0 and num_q_heads % heads == 0
+    c.expect(divides, "q", f"query heads that are a multiple of {heads} key/value heads", num_q_heads)
+    c.tensor("block_table", block_table, (torch.int32,), (batch, None))
+    c.tensor("seq_lens", seq_lens, (torch.int32,), (batch,))
+    rows = num_q_heads // heads * num_tokens
+    entries = batch + 1 + batch * heads * -(-rows // 64)
+    c.tensor("schedule", schedule, (torch.int32,), (entries,))
+    c.expect(window >= 0, "window", "0 (none) or more", window)

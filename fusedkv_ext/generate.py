@@ -1,0 +1,352 @@
+"""Text generation: ragged batches, sampling on the device, one CUDA graph a decode step."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedkv_ext.cache import PagedKVCache
+from fusedkv_ext.checks import INDEX, expect
+from fusedkv_ext.model import PREFILL_CHUNK, FusedKVForCausalLM
+
+Prompts = Sequence[Sequence[int] | Tensor]
+DONE = -1  # what a finished sequence emits
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What `generate` made.
+
+    Attributes:
+        tokens: the new tokens of each prompt, without the stop token.
+        cache_nbytes: bytes allocated for keys and values.
+        vanilla_cache_nbytes: bytes that the same pages take when every layer caches.
+        ttft: seconds to the first tokens.
+        tpot: seconds a decode step after that, capture of the graph not counted; None without such a step.
+        cuda_graph: whether decode steps were graph replays.
+    """
+
+    tokens: list[list[int]]
+    cache_nbytes: int
+    vanilla_cache_nbytes: int
+    ttft: float
+    tpot: float | None
+    cuda_graph: bool
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Args:
+        temperature: 0 for greedy, else the divisor of the logits.
+        top_k: keep the k most probable tokens; None for all.
+        top_p: then keep the fewest tokens whose probabilities reach top_p; None for all.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        hot = isinstance(self.temperature, (int, float)) and 0 <= self.temperature < float("inf")
+        expect(hot, "generate", "temperature", "0 or more", repr(self.temperature))
+        some = self.top_k is None or (isinstance(self.top_k, int) and self.top_k >= 1)
+        expect(some, "generate", "top_k", "None or 1 or more", repr(self.top_k))
+        share = self.top_p is None or (isinstance(self.top_p, (int, float)) and 0 < self.top_p <= 1)
+        expect(share, "generate", "top_p", "None or above 0 and at most 1", repr(self.top_p))
+
+
+def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
+    """Choose a token from each row of logits [B, vocab] by inverting the distribution at uniform [B].
+
+    uniform: float32 in [0, 1). Returns int64 [B]. Device work only, fit for a CUDA graph.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    # float64: parallel sums may round differently from run to run, too little here to change the choice.
+    logits = logits.double()
+    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
+    order = None
+    if sampling.top_k is not None or sampling.top_p is not None:
+        logits, order = logits.sort(dim=-1, descending=True, stable=True)
+        if sampling.top_k is not None:
+            logits[:, sampling.top_k :] = float("-inf")
+    probabilities = logits.softmax(-1)
+    if sampling.top_p is not None:
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
+    cumulative = probabilities.cumsum(-1)
+    target = uniform.double()[:, None] * cumulative[:, -1:]
+    choice = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)
+    return (choice if order is None else order.gather(-1, choice))[:, 0]
+
+
+class _Decoder:
+    """The decode loop's state on the device, and the step that advances it.
+
+    Everything that changes between steps is in these buffers, so a CUDA graph of `advance` can be replayed.
+    """
+
+    def __init__(
+        self,
+        model: FusedKVForCausalLM,
+        cache: PagedKVCache,
+        rows: Sequence[int],
+        sampling: Sampling,
+        uniforms: Tensor,
+        stop_tokens: Sequence[int],
+    ):
+        self.model, self.cache, self.sampling = model, cache, sampling
+        device = model.device
+        self.rows = torch.tensor(rows, device=device)
+        self.uniforms = uniforms.contiguous().to(device)  # [max_new_tokens, B]
+        self.stop_tokens = torch.tensor(list(stop_tokens), dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(len(rows), dtype=torch.int64, device=device)
+        self.emitted = torch.full_like(self.tokens, DONE)  # the token of this step, DONE once finished
+        self.active = torch.ones_like(self.tokens, dtype=torch.bool)
+        self.count = torch.zeros(1, dtype=torch.int64, device=device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    @torch.no_grad()
+    def accept(self, logits: Tensor) -> None:
+        """Choose the next tokens and finish the sequences that stop."""
+        chosen = sample(logits, self.sampling, self.uniforms.index_select(0, self.count)[0])
+        self.active &= (chosen[:, None] != self.stop_tokens).all(-1)
+        self.tokens.copy_(torch.where(self.active, chosen, self.tokens))
+        self.emitted.copy_(torch.where(self.active, chosen, DONE))
+        self.count += 1
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        step = self.cache.decode_step(self.rows, self.active)
+        logits = self.model.decode_step(self.tokens, step)
+        step.commit()
+        self.accept(logits)
+
+    def capture(self) -> None:
+        """Capture `advance`; the warm-up runs with every sequence inactive, so it leaves no trace."""
+        state = (self.tokens, self.emitted, self.active, self.count)
+        saved = [x.clone() for x in state]
+        self.active.zero_()
+        with torch.cuda.device(self.model.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self.advance()
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.advance()
+        for x, value in zip(state, saved, strict=True):
+            x.copy_(value)
+        torch.cuda.synchronize(self.model.device)
+
+    def step(self) -> None:
+        if self.graph is None:
+            self.advance()
+        else:
+            self.graph.replay()
+
+
+def _check_prompts(model: FusedKVForCausalLM, prompts: Prompts, max_new_tokens: int) -> list[Tensor]:
+    longest, vocab = model.config.max_position_embeddings, model.config.vocab_size
+    new = isinstance(max_new_tokens, int) and max_new_tokens >= 1
+    expect(new, "generate", "max_new_tokens", "1 or more", repr(max_new_tokens))
+    expect(len(prompts) > 0, "generate", "prompts", "at least one prompt", 0)
+    checked = []
+    for i, prompt in enumerate(prompts):
+        name = f"prompts[{i}]"
+        expect(not isinstance(prompt, (str, int)), "generate", name, "a sequence of token ids", repr(prompt))
+        expect(len(prompt) > 0, "generate", name, "at least one token", "an empty prompt")
+        tokens = prompt if isinstance(prompt, Tensor) else torch.tensor(list(prompt))
+        whole = tokens.dim() == 1 and tokens.dtype in INDEX
+        expect(whole, "generate", name, "integers [S]", f"{tokens.dtype} {list(tokens.shape)}")
+        total = len(tokens) + max_new_tokens
+        wanted = f"at most {longest} tokens with max_new_tokens (max_position_embeddings)"
+        expect(total <= longest, "generate", name, wanted, f"{len(tokens)} + {max_new_tokens}")
+        low, high = (int(x) for x in tokens.aminmax())
+        inside = low >= 0 and high < vocab
+        expect(inside, "generate", name, f"token ids 0 to {vocab - 1}", low if low < 0 else high)
+        checked.append(tokens)
+    return checked
+
+
+@dataclass
+class _Stats:
+    """What a run leaves behind for Generation."""
+
+    cache: PagedKVCache | None = None
+    cuda_graph: bool = False
+    decode_start: float = 0.0
+
+
+def _steps(
+    stats: _Stats,
+    model: FusedKVForCausalLM,
+    prompts: Prompts,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop_tokens: Sequence[int] = (),
+    page_size: int = 64,
+    cache: PagedKVCache | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+    use_cuda_graph: bool | None = None,
+) -> Iterator[list[int]]:
+    """Yield what every sequence emits, step by step, until all are done."""
+    tokens = _check_prompts(model, prompts, max_new_tokens)
+    sampling = Sampling(temperature, top_k, top_p)
+    expect(prefill_chunk >= 1, "generate", "prefill_chunk", "1 token or more", prefill_chunk)
+    expect(page_size >= 1, "generate", "page_size", "1 token or more", page_size)
+    on_cuda = model.device.type == "cuda"
+    expect(on_cuda or not use_cuda_graph, "generate", "use_cuda_graph", "a model on CUDA", model.device)
+    capacities = [len(prompt) + max_new_tokens - 1 for prompt in tokens]  # the last token is never fed
+    if cache is None:
+        pages = sum(-(-capacity // page_size) for capacity in capacities)
+        cache = model.new_cache(pages, page_size, len(tokens))
+    fits = cache.config == model.config and cache.dtype == model.dtype and cache.device == model.device
+    wanted = f"one with this model's config, {model.dtype} on {model.device}"
+    got = f"one for plan {cache.config.plan.name}, {cache.dtype} on {cache.device}"
+    expect(fits, "generate", "cache", wanted, got)
+    stats.cache = cache
+    # Drawn on the host before the first step: one seed gives one choice on every device, captured or not.
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    uniforms = torch.rand(len(tokens), max_new_tokens, generator=generator).t()
+
+    rows = cache.add(capacities)
+    try:
+        decoder = _Decoder(model, cache, rows, sampling, uniforms, stop_tokens)
+        decoder.accept(model.prefill(cache, rows, tokens, prefill_chunk))
+        emitted = _read(_start_read(decoder.emitted))
+        yield emitted
+        if max_new_tokens == 1 or all(token == DONE for token in emitted):
+            return
+        stats.cuda_graph = on_cuda and use_cuda_graph is not False
+        if stats.cuda_graph:
+            decoder.capture()
+        stats.decode_start = time.perf_counter()
+        for emitted in _decode(decoder, max_new_tokens - 1):
+            if all(token == DONE for token in emitted):
+                return
+            yield emitted
+    finally:
+        cache.free(rows)
+
+
+def _decode(decoder: _Decoder, num_steps: int) -> Iterator[list[int]]:
+    # On CUDA a step is read after the next one is launched, so that the device never waits for the host.
+    lag = 1 if decoder.emitted.is_cuda else 0
+    pending: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+    for _ in range(num_steps):
+        decoder.step()
+        pending.append(_start_read(decoder.emitted))
+        if len(pending) > lag:
+            yield _read(pending.popleft())
+    while pending:
+        yield _read(pending.popleft())
+
+
+def _start_read(emitted: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    if not emitted.is_cuda:
+        return emitted.clone(), None
+    host = torch.empty(emitted.shape, dtype=emitted.dtype, pin_memory=True)
+    host.copy_(emitted, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(emitted.device))
+    return host, event
+
+
+def _read(pending: tuple[Tensor, torch.cuda.Event | None]) -> list[int]:
+    host, event = pending
+    if event is not None:
+        event.synchronize()
+    return host.tolist()
+
+
+def stream(
+    model: FusedKVForCausalLM, prompts: Prompts, max_new_tokens: int, **options: Any
+) -> Iterator[tuple[int, int]]:
+    """Yield (index of the prompt, token) as tokens come. Arguments and errors are those of `generate`."""
+    with closing(_steps(_Stats(), model, prompts, max_new_tokens, **options)) as steps:
+        for emitted in steps:
+            yield from ((i, token) for i, token in enumerate(emitted) if token != DONE)
+
+
+def generate(
+    model: FusedKVForCausalLM,
+    prompts: Prompts,
+    max_new_tokens: int,
+    progress: bool = False,
+    **options: Any,
+) -> Generation:
+    """Complete prompts of any lengths as one batch.
+
+    Args:
+        model: its dtype and device are those of the run; on CUDA float16 or bfloat16.
+        prompts: token ids, a list or a 1-D integer tensor each.
+        max_new_tokens: the most tokens to add to each prompt.
+        progress: show a tqdm bar.
+        temperature: 0 (default) takes the most probable token; else logits are divided by it and sampled.
+        top_k: sample from the k most probable tokens only.
+        top_p: then from the fewest tokens whose probabilities reach top_p.
+        seed: same seed, same tokens; None (default) draws one.
+        stop_tokens: ids that end their sequence; they are not returned.
+        page_size: tokens a cache page, 64 by default.
+        cache: a PagedKVCache to take the pages from, its own page_size included; by default one of exactly
+            the size needed. Its rows are given back at the end.
+        prefill_chunk: the most prompt tokens that go through the layers at once.
+        use_cuda_graph: replay one captured graph a decode step; None (default) does so on CUDA.
+
+    Returns:
+        A Generation.
+
+    Raises:
+        ValueError: an empty batch or prompt, a token id outside the vocabulary, prompt plus max_new_tokens
+            beyond max_position_embeddings or the cache, or an option out of range; nothing is written then.
+    """
+    stats, tokens = _Stats(), [[] for _ in prompts]
+    bar = None
+    if progress:
+        from tqdm import tqdm
+
+        bar = tqdm(total=len(tokens) * max_new_tokens, unit="token", desc="generate")
+    start = first = last = time.perf_counter()
+    num_steps = 0
+    with (
+        closing(_steps(stats, model, prompts, max_new_tokens, **options)) as steps,
+        bar if bar is not None else nullcontext(),
+    ):
+        for emitted in steps:
+            last = time.perf_counter()
+            first = last if num_steps == 0 else first
+            num_steps += 1
+            for i, token in enumerate(emitted):
+                if token != DONE:
+                    tokens[i].append(token)
+            if bar is not None:
+                bar.update(sum(token != DONE for token in emitted))
+    return Generation(
+        tokens=tokens,
+        cache_nbytes=stats.cache.nbytes,
+        vanilla_cache_nbytes=stats.cache.vanilla_nbytes,
+        ttft=first - start,
+        tpot=(last - stats.decode_start) / (num_steps - 1) if num_steps > 1 else None,
+        cuda_graph=stats.cuda_graph,
+    )

@@ -1,0 +1,146 @@
+"""The op library `torch.ops.fusedkv`: schemas, CPU and fake implementations, autograd.
+
+The schemas live here and not in C++, so that they exist once, with and without the compiled extension;
+`fusedkv_ext._C` adds the CUDA implementations, and torch compares their C++ signatures with the schemas.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fusedkv_ext import checks, reference
+
+SCHEMAS = (
+    "write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping,"
+    " Tensor? k_scale=None, Tensor? v_scale=None) -> ()",
+    "rope_write_kv(Tensor qkv, Tensor(a!)? q_out, Tensor(b!)? k_cache, Tensor(c!)? v_cache, Tensor positions,"
+    " Tensor cos_sin, Tensor? q_norm=None, Tensor? k_norm=None, float eps=1e-6, bool interleaved=False,"
+    " Tensor? slot_mapping=None, Tensor? k_scale=None, Tensor? v_scale=None) -> ()",
+    "rope_key_projection(Tensor x, Tensor weight, Tensor positions, Tensor cos_sin, Tensor? norm=None,"
+    " float eps=1e-6, Tensor? bias=None, bool interleaved=False) -> Tensor",
+    "rope_key_projection_write(Tensor x, Tensor weight, Tensor(a!)? q_out, Tensor(b!) k_cache,"
+    " Tensor(c!) v_cache, Tensor positions, Tensor cos_sin, Tensor slot_mapping, Tensor? q_norm=None,"
+    " Tensor? k_norm=None, float eps=1e-6, Tensor? bias=None, bool interleaved=False,"
+    " Tensor? k_scale=None, Tensor? v_scale=None) -> ()",
+    "fuse_kv(Tensor[] k_sources, Tensor[] v_sources, Tensor key_weights, Tensor value_weights)"
+    " -> (Tensor, Tensor)",
+    "fuse_kv_backward(Tensor grad_k, Tensor grad_v, Tensor[] k_sources, Tensor[] v_sources,"
+    " Tensor key_weights, Tensor value_weights) -> (Tensor[], Tensor[], Tensor, Tensor)",
+    "attention_schedule(Tensor seq_lens, int max_seq_len, int num_query_tokens, int num_query_heads,"
+    " int num_kv_heads, int window=0) -> Tensor",
+    "fused_attention(Tensor q, Tensor[] k_sources, Tensor[] v_sources, Tensor? key_weights,"
+    " Tensor? value_weights, Tensor block_table, Tensor seq_lens, Tensor schedule, float scale,"
+    " int window=0) -> Tensor",
+)
+
+_library = torch.library.Library("fusedkv", "DEF")
+
+
+def _fake_rope_key_projection(
+    x, weight, positions, cos_sin, norm=None, eps=1e-6, bias=None, interleaved=False
+):
+    heads, d = checks.rope_key_projection(x, weight, positions, cos_sin, norm, eps, bias, interleaved)
+    return x.new_empty(x.shape[0], heads, d)
+
+
+def _fake_fuse_kv(k_sources, v_sources, key_weights, value_weights):
+    checks.fuse_kv(k_sources, v_sources, key_weights, value_weights)
+    return k_sources[0].new_empty(k_sources[0].shape), v_sources[0].new_empty(v_sources[0].shape)
+
+
+def _fake_fuse_kv_backward(grad_k, grad_v, k_sources, v_sources, key_weights, value_weights):
+    checks.fuse_kv_backward(grad_k, grad_v, k_sources, v_sources, key_weights, value_weights)
+    return (
+        [s.new_empty(s.shape) for s in k_sources],
+        [s.new_empty(s.shape) for s in v_sources],
+        torch.empty_like(key_weights),
+        torch.empty_like(value_weights),
+    )
+
+
+def _fake_attention_schedule(
+    seq_lens, max_seq_len, num_query_tokens, num_query_heads, num_kv_heads, window=0
+):
+    checks.attention_schedule(seq_lens, max_seq_len, num_query_tokens, num_query_heads, num_kv_heads, window)
+    rows = num_query_heads // num_kv_heads * num_query_tokens
+    counters = seq_lens.shape[0] * num_kv_heads * -(-rows // reference.BLOCK_ROWS)
+    return seq_lens.new_empty(seq_lens.shape[0] + 1 + counters)
+
+
+def _fake_fused_attention(q, *args):
+    checks.fused_attention(q, *args)
+    return q.new_empty(q.shape)
+
+
+_FAKES = {
+    "rope_key_projection": _fake_rope_key_projection,
+    "fuse_kv": _fake_fuse_kv,
+    "fuse_kv_backward": _fake_fuse_kv_backward,
+    "attention_schedule": _fake_attention_schedule,
+    "fused_attention": _fake_fused_attention,
+}
+
+
+def _checked(name: str):
+    check, compute = getattr(checks, name), getattr(reference, name)
+
+    def run(*args, **kwargs):
+        check(*args, **kwargs)
+        return compute(*args, **kwargs)
+
+    return run
+
+
+def _fuse_kv_setup(ctx, inputs, output) -> None:
+    k_sources, v_sources, key_weights, value_weights = inputs
+    ctx.num_k = len(k_sources)
+    ctx.save_for_backward(*k_sources, *v_sources, key_weights, value_weights)
+
+
+def _fuse_kv_grad(ctx, grad_k, grad_v):
+    *sources, key_weights, value_weights = ctx.saved_tensors
+    k_sources, v_sources = sources[: ctx.num_k], sources[ctx.num_k :]
+    # autograd may pass an expanded gradient, whose last stride is 0
+    grad_k, grad_v = grad_k.contiguous(), grad_v.contiguous()
+    return torch.ops.fusedkv.fuse_kv_backward(
+        grad_k, grad_v, k_sources, v_sources, key_weights, value_weights
+    )
+
+
+def _projection_setup(ctx, inputs, output) -> None:
+    x, weight, positions, cos_sin, norm, ctx.eps, bias, ctx.interleaved = inputs
+    ctx.save_for_backward(x, weight, positions, cos_sin, norm, bias)
+
+
+def _projection_grad(ctx, grad):
+    """Recompute the product, then differentiate rotation and norm head by head.
+
+    The gradient of a rotation is the rotation by the opposite angle; a scale in the table stays as it is.
+    """
+    x, weight, positions, cos_sin, norm, bias = ctx.saved_tensors
+    cos, sin = cos_sin.chunk(2, -1)
+    back = torch.cat((cos, -sin), -1)
+    grad = reference.apply_rope(grad, positions, back, ctx.interleaved)
+    grad_norm = None
+    if norm is not None:
+        heads = torch.nn.functional.linear(x, weight, bias).unflatten(-1, grad.shape[1:]).to(grad.dtype)
+        inverse = torch.rsqrt(heads.square().mean(-1, keepdim=True) + ctx.eps)
+        unit = heads * inverse
+        grad_norm = (grad * unit).sum((0, 1)).to(norm.dtype)
+        grad = grad * norm.to(grad.dtype)
+        grad = inverse * (grad - unit * (grad * unit).mean(-1, keepdim=True))
+    grad = grad.flatten(1).to(x.dtype)
+    grad_bias = None if bias is None else grad.sum(0)
+    return grad @ weight, grad.t() @ x, None, None, grad_norm, None, grad_bias, None
+
+
+for _schema in SCHEMAS:
+    _library.define(_schema)
+    _op = _schema.partition("(")[0]
+    _library.impl(_op, _checked(_op), "CPU")
+    torch.library.register_fake(f"fusedkv::{_op}", _FAKES.get(_op, getattr(checks, _op)), lib=_library)
+
+torch.library.register_autograd("fusedkv::fuse_kv", _fuse_kv_grad, setup_context=_fuse_kv_setup, lib=_library)
+torch.library.register_autograd(
+    "fusedkv::rope_key_projection", _projection_grad, setup_context=_projection_setup, lib=_library
+)

@@ -1,0 +1,487 @@
+"""The layers, each usable in a model of your own.
+
+Every attention module has two forms. `forward` takes whole sequences [B, S, hidden] and no cache: for
+training, differentiable and fit for torch.compile. `cached` takes packed tokens [T, hidden] and a *step*
+(cache.PrefillChunk or cache.DecodeStep) that knows where their keys and values live: for generation.
+
+Dimensions: B sequences, S tokens, T packed tokens, Hq query heads, Hkv key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusedkv_ext import ops, reference
+from fusedkv_ext.checks import expect
+from fusedkv_ext.plan import LayerPlan, WeightKind
+
+if TYPE_CHECKING:
+    from fusedkv_ext.cache import DecodeStep, PrefillChunk
+
+KeysValues = tuple[Tensor, Tensor]
+QUERY_BLOCK = 512  # query tokens that one explicit mask covers, to bound its memory
+
+
+class Float32Module(nn.Module):
+    """Keeps its floating-point tensors in float32 (or wider) when a model is converted to half precision."""
+
+    def _apply(self, fn, recurse=True):
+        def keep(x: Tensor) -> Tensor:
+            y = fn(x)
+            narrowed = y.is_floating_point() and y.element_size() < 4
+            return x.to(y.device, torch.float32) if narrowed else y
+
+        return super()._apply(keep, recurse)
+
+
+class RotaryTable(Float32Module):
+    """The cosines and sines of rotary position embedding, computed once.
+
+    Calling it gives cos_sin, float32 [max_positions, D]: cosines in the first D/2 columns, sines in the rest.
+    It is not part of a checkpoint.
+    """
+
+    def __init__(
+        self, head_dim: int, max_positions: int, theta: float = 10000.0, scaling: dict[str, Any] | None = None
+    ):
+        super().__init__()
+        self.args = (head_dim, max_positions, theta, scaling)
+        self.register_buffer("cos_sin", None, persistent=False)
+        self.reset()
+
+    def reset(self, device: torch.device | str | None = None) -> None:
+        """Compute the table, on `device` when the module was made on the meta device."""
+        self.cos_sin = rope_table(*self.args, device=device)
+
+    def forward(self) -> Tensor:
+        return self.cos_sin
+
+
+def rope_table(
+    head_dim: int,
+    max_positions: int,
+    theta: float = 10000.0,
+    scaling: dict[str, Any] | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Build cos_sin, float32 [max_positions, D], for the angles position * theta^(-2j/D), j < D/2.
+
+    scaling: None or FusedKVConfig.rope_scaling. "linear" divides every frequency by the factor; "llama3"
+    divides the long wavelengths only, with a ramp between; "yarn" ramps between dividing and keeping and
+    also multiplies cosines and sines by its attention factor.
+    """
+    # Angles in float64: at position 10^5 a float32 angle has lost three digits of its phase.
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
+    frequencies, magnitude = theta**-exponents, 1.0
+    scaling = scaling or {"rope_type": "default"}
+    if scaling["rope_type"] == "linear":
+        frequencies = frequencies / scaling["factor"]
+    elif scaling["rope_type"] == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / scaling["factor"])
+    elif scaling["rope_type"] == "yarn":
+        length, factor = scaling["original_max_position_embeddings"], scaling["factor"]
+
+        def channel(turns: float) -> float:  # the channel pair that makes so many turns over `length`
+            return head_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+        first = max(math.floor(channel(scaling.get("beta_fast", 32))), 0)
+        last = min(math.ceil(channel(scaling.get("beta_slow", 1))), head_dim - 1)
+        pairs = torch.arange(head_dim // 2, dtype=torch.float64, device=device)
+        kept = 1 - ((pairs - first) / max(last - first, 0.001)).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / factor)
+        magnitude = scaling.get("attention_factor") or max(0.1 * math.log(factor) + 1.0, 1.0)
+    positions = torch.arange(max_positions, dtype=torch.float64, device=device)
+    angles = positions[:, None] * frequencies
+    return (torch.cat((angles.cos(), angles.sin()), -1) * magnitude).float()
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+
+    def __init__(self, size: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), with gate and up packed into one projection."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class FusionWeights(Float32Module):
+    """The learned weights a (keys) and b (values) of one reconstruction layer.
+
+        K_i = sum_s a_s * K_s        V_i = sum_s b_s * V_s
+
+    Calling it gives (a, b), each float32 [num_sources, Hkv, D], or None where the kind is "none". RoPE scores
+    depend on relative positions only if a is equal inside each rotated pair, so "channel" keys have D/2 free
+    weights a head, expanded here. The weights stay float32 in a half-precision model.
+
+    Args:
+        num_key_sources, num_value_sources: layers mixed.
+        num_kv_heads, head_dim: Hkv and D.
+        key_weights, value_weights: "none", "scalar" (one weight a source) or "channel".
+        interleaved: the rotated pairs are (2j, 2j+1) instead of (j, j + D/2).
+
+    Starts at Lite: keys are the last source, values the first. See initialise_fusion for the other starts.
+    """
+
+    def __init__(
+        self,
+        num_key_sources: int,
+        num_value_sources: int,
+        num_kv_heads: int,
+        head_dim: int,
+        key_weights: WeightKind = "channel",
+        value_weights: WeightKind = "channel",
+        interleaved: bool = False,
+    ):
+        super().__init__()
+        expect(head_dim % 2 == 0, "FusionWeights", "head_dim", "an even number", head_dim)
+        self.num_kv_heads, self.head_dim, self.interleaved = num_kv_heads, head_dim, interleaved
+        self.key = self._parameter(num_key_sources, key_weights, head_dim // 2)
+        self.value = self._parameter(num_value_sources, value_weights, head_dim)
+        with torch.no_grad():
+            if self.key is not None:
+                self.key[-1] = 1.0
+            if self.value is not None:
+                self.value[0] = 1.0
+
+    def _parameter(self, num_sources: int, kind: WeightKind, channels: int) -> nn.Parameter | None:
+        if kind == "none":
+            return None
+        shape = (num_sources,) if kind == "scalar" else (num_sources, self.num_kv_heads, channels)
+        return nn.Parameter(torch.zeros(shape))
+
+    def forward(self) -> tuple[Tensor | None, Tensor | None]:
+        key = self.key
+        if key is not None and key.dim() == 3:
+            key = key.repeat_interleave(2, -1) if self.interleaved else torch.cat((key, key), -1)
+        return self._full(key), self._full(self.value)
+
+    def _full(self, weights: Tensor | None) -> Tensor | None:
+        if weights is None or weights.dim() == 3:
+            return weights
+        return weights[:, None, None].expand(-1, self.num_kv_heads, self.head_dim).contiguous()
+
+
+@torch.no_grad()
+def initialise_fusion(layers: Sequence[FusionWeights], kind: str) -> None:
+    """Set the fusion weights of all reconstruction layers, lowest first, in place.
+
+    "lite": a_n = 1, b_1 = 1 and 0 elsewhere. "standard": every weight ~ N(0, 1). "equivalent": draw a' and
+    b' ~ N(0, 1) for the iterative form
+
+        K_i = a'_{i,i-1} K_{i-1} + a'_{i,n} K_n        V_i = b'_{i,i-1} V_{i-1} + b'_{i,1} V_1
+
+    and unroll it to the sources 1 and n. K_{i-1} of the first reconstruction layer is K_n itself, so keys
+    start without a share of K_1.
+    """
+    for side, extra in (("key", -1), ("value", 0)):
+        previous = None  # the weights of layer i - 1
+        for parameter in (getattr(weights, side) for weights in layers):
+            if parameter is None:
+                continue
+            if kind == "lite":
+                parameter.zero_()
+                parameter[extra] = 1.0
+            elif kind == "standard":
+                parameter.normal_()
+            else:
+                if previous is None:
+                    previous = torch.zeros_like(parameter)
+                    previous[-1] = 1.0
+                parameter.copy_(torch.randn_like(parameter[0]) * previous)
+                parameter[extra] += torch.randn_like(parameter[0])
+                previous = parameter
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
+    """Softmax attention of the last Q of S tokens: query j stands at position S - Q + j.
+
+        out = softmax(q k^T / sqrt(D)) v over the positions up to its own, the last `window` of them if > 0
+
+    Args:
+        q: [B, Q, Hq, D].
+        k, v: [B, S, Hkv, D], Hkv a divisor of Hq.
+
+    Returns:
+        [B, Q, Hq, D].
+    """
+    num_queries, length = q.shape[1], k.shape[1]
+    if num_queries == length and (window == 0 or window >= length):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    window = window or length
+    blocks = []
+    for first in range(length - num_queries, length, QUERY_BLOCK):
+        end = min(first + QUERY_BLOCK, length)
+        start = max(0, first - window + 1)
+        query_pos = torch.arange(first, end, device=q.device)[:, None]
+        key_pos = torch.arange(start, end, device=q.device)
+        visible = (key_pos <= query_pos) & (key_pos > query_pos - window)
+        rows = q[:, first - length + num_queries : end - length + num_queries]
+        blocks.append(masked_attention(rows, k[:, start:end], v[:, start:end], visible))
+    return torch.cat(blocks, 1)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """Attention of q [B, Q, Hq, D] to k, v [B, S, Hkv, D] under a bool mask, [Q, S] or [B, 1, Q, S]."""
+    num_queries, groups = q.shape[1], q.shape[2] // k.shape[2]
+    # The query heads of a group become rows of one head, so that no key or value is repeated.
+    rows = q.unflatten(2, (-1, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    visible = torch.cat((visible,) * groups, -2)
+    out = F.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), attn_mask=visible)
+    return out.unflatten(2, (groups, num_queries)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+class _Attention(nn.Module):
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        qk_norm: bool,
+        eps: float,
+        interleaved: bool,
+    ):
+        super().__init__()
+        name = type(self).__name__
+        divides = num_kv_heads > 0 and num_heads % num_kv_heads == 0
+        expect(divides, name, "num_heads", f"a multiple of num_kv_heads {num_kv_heads}", num_heads)
+        expect(head_dim > 0 and head_dim % 2 == 0, name, "head_dim", "a positive even number", head_dim)
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.interleaved, self.eps = interleaved, eps
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+        self.q_norm = RMSNorm(head_dim, eps) if qk_norm else None
+
+    def _rotate(self, x: Tensor, norm: RMSNorm | None, cos_sin: Tensor) -> Tensor:
+        """Norm and RoPE of x [B, S, H, D] in float32, rounded once, as rope_write_kv does."""
+        wide = x if norm is None else reference.rms_norm(x, norm.weight, norm.eps)
+        positions = torch.arange(x.shape[1], device=x.device)
+        return reference.apply_rope(wide, positions, cos_sin, self.interleaved).to(x.dtype)
+
+    def _rotate_and_write(
+        self,
+        heads: Tensor,
+        num_heads: int,
+        cos_sin: Tensor,
+        step: PrefillChunk | DecodeStep,
+        k_norm: RMSNorm | None = None,
+        caches: KeysValues | None = None,
+    ) -> Tensor | None:
+        """Norm, RoPE and cache write of packed heads [T, num_heads (+ 2 Hkv), D]; return the queries."""
+        q = heads.new_empty(heads.shape[0], num_heads, self.head_dim) if num_heads else None
+        k_cache, v_cache = caches or (None, None)
+        ops.rope_write_kv(
+            heads,
+            q,
+            k_cache,
+            v_cache,
+            step.positions,
+            cos_sin,
+            None if self.q_norm is None else self.q_norm.weight,
+            None if k_norm is None else k_norm.weight,
+            self.eps,
+            self.interleaved,
+            None if caches is None else step.slot_mapping,
+        )
+        return q
+
+
+class StorageAttention(_Attention):
+    """Causal self-attention that owns its keys and values and shares them with the layers above.
+
+    Args:
+        hidden_size, num_heads, num_kv_heads, head_dim: Hq a multiple of Hkv, D even.
+        layer: its number, under which a cache keeps its pages.
+        qk_norm, eps: RMSNorm over each head of q and k.
+        interleaved: RoPE pairs (2j, 2j+1) instead of (j, j + D/2).
+        window: tokens it sees, its own included; 0 for all.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        layer: int = 0,
+        qk_norm: bool = True,
+        eps: float = 1e-6,
+        interleaved: bool = False,
+        window: int = 0,
+    ):
+        super().__init__(hidden_size, num_heads, num_kv_heads, head_dim, qk_norm, eps, interleaved)
+        self.layer, self.window = layer, window
+        self.qkv_proj = nn.Linear(hidden_size, (num_heads + 2 * num_kv_heads) * head_dim, bias=False)
+        self.k_norm = RMSNorm(head_dim, eps) if qk_norm else None
+
+    def forward(
+        self, x: Tensor, cos_sin: Tensor, sources: Mapping[int, KeysValues] | None = None
+    ) -> tuple[Tensor, KeysValues]:
+        """Attend over x itself.
+
+        Args:
+            x: [B, S, hidden], positions 0 to S - 1.
+            cos_sin: float32 [max_positions, D], see rope_table.
+            sources: unused; ReconstructionAttention has the same signature.
+
+        Returns:
+            The output [B, S, hidden] and (keys, values), each [B, S, Hkv, D], keys after norm and RoPE.
+        """
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 2)
+        q, k = self._rotate(q, self.q_norm, cos_sin), self._rotate(k, self.k_norm, cos_sin)
+        out = causal_attention(q, k, v, self.window)
+        return self.o_proj(out.flatten(2)), (k, v)
+
+    def cached(self, x: Tensor, cos_sin: Tensor, step: PrefillChunk | DecodeStep) -> Tensor:
+        """Write the keys and values of x [T, hidden] to the step's slots, then attend to the cache."""
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+        caches = step.keys_values(self.layer)
+        q = self._rotate_and_write(heads, self.num_heads, cos_sin, step, self.k_norm, caches)
+        out = step.attend(q, LayerPlan((self.layer,), (self.layer,)), None, None, self.window)
+        return self.o_proj(out.flatten(1))
+
+    def write_kv(self, x: Tensor, cos_sin: Tensor, step: PrefillChunk | DecodeStep) -> None:
+        """Only write the keys and values of x [T, hidden]: all that a prompt needs of the last such layer."""
+        rows = self.qkv_proj.weight[self.num_heads * self.head_dim :]
+        heads = F.linear(x, rows).unflatten(-1, (-1, self.head_dim))
+        self._rotate_and_write(heads, 0, cos_sin, step, self.k_norm, step.keys_values(self.layer))
+
+
+class ReconstructionAttention(_Attention):
+    """Causal attention to keys and values made from those of storage layers; projects queries only.
+
+    Args:
+        hidden_size, num_heads, num_kv_heads, head_dim: as in StorageAttention, and equal to the sources'.
+        plan: the layers it reads and the kinds of its weights.
+        qk_norm, eps: RMSNorm over each head of q.
+        interleaved: as in StorageAttention.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        plan: LayerPlan,
+        qk_norm: bool = True,
+        eps: float = 1e-6,
+        interleaved: bool = False,
+    ):
+        super().__init__(hidden_size, num_heads, num_kv_heads, head_dim, qk_norm, eps, interleaved)
+        self.plan = plan
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
+        self.fusion = FusionWeights(
+            len(plan.key_sources),
+            len(plan.value_sources),
+            num_kv_heads,
+            head_dim,
+            plan.key_weights,
+            plan.value_weights,
+            interleaved,
+        )
+
+    def forward(self, x: Tensor, cos_sin: Tensor, sources: Mapping[int, KeysValues]) -> tuple[Tensor, None]:
+        """Attend to fused keys and values.
+
+        Args:
+            x: [B, S, hidden], positions 0 to S - 1.
+            cos_sin: float32 [max_positions, D].
+            sources: for each layer of the plan its (keys, values), each [B, S, Hkv, D], keys after RoPE.
+
+        Returns:
+            The output [B, S, hidden], and None: it shares nothing.
+        """
+        q = self._rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), self.q_norm, cos_sin)
+        keys = [sources[layer][0] for layer in self.plan.key_sources]
+        values = [sources[layer][1] for layer in self.plan.value_sources]
+        out = causal_attention(q, *mix_sources(keys, values, *self.fusion()))
+        return self.o_proj(out.flatten(2)), None
+
+    def cached(self, x: Tensor, cos_sin: Tensor, step: PrefillChunk | DecodeStep) -> Tensor:
+        """Attend from x [T, hidden] to the cache of the source layers."""
+        heads = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
+        q = self._rotate_and_write(heads, self.num_heads, cos_sin, step)
+        return self.o_proj(step.attend(q, self.plan, *self.fusion()).flatten(1))
+
+
+def mix_sources(
+    keys: Sequence[Tensor], values: Sequence[Tensor], key_weights: Tensor | None, value_weights: Tensor | None
+) -> KeysValues:
+    """K_i and V_i from their sources; weights None stands for the one source as it is."""
+    if key_weights is None and value_weights is None:
+        return keys[0], values[0]
+
+    def ones(like: Tensor) -> Tensor:
+        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+        return torch.ones(1, *like.shape[-2:], dtype=wide, device=like.device)
+
+    key_weights = ones(keys[0]) if key_weights is None else key_weights
+    value_weights = ones(values[0]) if value_weights is None else value_weights
+    return ops.fuse_kv(keys, values, key_weights, value_weights)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm decoder layer: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Args:
+        attention: a StorageAttention or a ReconstructionAttention.
+        hidden_size, intermediate_size: of x and of the SwiGLU MLP.
+        eps: of the two RMSNorms.
+    """
+
+    def __init__(
+        self,
+        attention: StorageAttention | ReconstructionAttention,
+        hidden_size: int,
+        intermediate_size: int,
+        eps: float = 1e-6,
+    ):
+        super().__init__()
+        self.attention_norm = RMSNorm(hidden_size, eps)
+        self.attention = attention
+        self.mlp_norm = RMSNorm(hidden_size, eps)
+        self.mlp = SwiGLU(hidden_size, intermediate_size)
+
+    def forward(
+        self, x: Tensor, cos_sin: Tensor, sources: Mapping[int, KeysValues] | None = None
+    ) -> tuple[Tensor, KeysValues | None]:
+        """x [B, S, hidden] to the same shape, and the keys and values that its attention shares, if any."""
+        out, own = self.attention(self.attention_norm(x), cos_sin, sources)
+        x = x + out
+        return x + self.mlp(self.mlp_norm(x)), own
+
+    def cached(self, x: Tensor, cos_sin: Tensor, step: PrefillChunk | DecodeStep) -> Tensor:
+        """x [T, hidden] to the same shape, through the cache."""
+        x = x + self.attention.cached(self.attention_norm(x), cos_sin, step)
+        return x + self.mlp(self.mlp_norm(x))
+
+    def write_kv(self, x: Tensor, cos_sin: Tensor, step: PrefillChunk | DecodeStep) -> None:
+        """Only the cache write of a storage layer."""
+        self.attention.write_kv(self.attention_norm(x), cos_sin, step)

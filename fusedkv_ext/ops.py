@@ -1,0 +1,310 @@
+"""The ops, typed. Each is one call of `torch.ops.fusedkv.<name>`, CUDA kernel or CPU implementation.
+
+Dimensions: T tokens, B sequences, Q query tokens a sequence, Hq query heads, Hkv key/value heads,
+G = Hq / Hkv, D head dim. A *cache* is a view `[num_pages, page_size, Hkv, D]` with any page, token and head
+stride and stride 1 in the last dimension. A *slot* is `page * page_size + offset in the page`.
+
+CUDA takes float16 and bfloat16 with D 64 or 128; strides and addresses of caches are multiples of 16 bytes.
+The CPU also takes float32 and float64 and any even D. Bad arguments raise `ValueError` with the text
+`op: argument: expected ..., got ...` before anything is written. Indices that live on the device are not
+trusted: a slot or page outside the cache is skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fusedkv_ext import library as library
+
+_ops = torch.ops.fusedkv
+
+
+def write_kv(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    """Write keys and values of a storage layer into their cache slots.
+
+        cache[slot_mapping[t]] = saturate(x[t] / scale)
+
+    Args:
+        k, v: [T, Hkv, D].
+        k_cache, v_cache: caches of the dtype of k, or both float8_e4m3fn; mutated.
+        slot_mapping: int64 [T]; -1 skips the token. Two tokens must not share a slot.
+        k_scale, v_scale: float32 [Hkv, D], or None for ones.
+
+    Raises:
+        ValueError: a device, dtype, shape or stride that does not fit.
+    """
+    _ops.write_kv(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+
+
+def rope_write_kv(
+    qkv: Tensor,
+    q_out: Tensor | None,
+    k_cache: Tensor | None,
+    v_cache: Tensor | None,
+    positions: Tensor,
+    cos_sin: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    interleaved: bool = False,
+    slot_mapping: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    """Per-head RMSNorm, RoPE and the cache write of a packed projection, in one launch.
+
+        q_out = rope(norm(q)),   k_cache[slot] = rope(norm(k)) / k_scale,   v_cache[slot] = v / v_scale
+
+    Args:
+        qkv: [T, Hq + 2 * Hkv, D], heads in the order q, k, v.
+        q_out: [T, Hq, D] contiguous, mutated; None when qkv has no query heads.
+        k_cache, v_cache: as in `write_kv`, mutated; None (with slot_mapping) when qkv has only query heads.
+        positions: int32 or int64 [T]. A position outside cos_sin gives a row of NaN in q_out and no write.
+        cos_sin: float32 [max_positions, D], cosines in the first D/2 columns and sines in the others.
+        q_norm, k_norm: RMSNorm weights [D] of the dtype of qkv, or None for no norm.
+        eps: epsilon of the norms.
+        interleaved: pair channels (2j, 2j+1) instead of (j, j + D/2).
+        slot_mapping, k_scale, v_scale: as in `write_kv`.
+
+    Raises:
+        ValueError: a device, dtype, shape or stride that does not fit.
+    """
+    _ops.rope_write_kv(
+        qkv,
+        q_out,
+        k_cache,
+        v_cache,
+        positions,
+        cos_sin,
+        q_norm,
+        k_norm,
+        eps,
+        interleaved,
+        slot_mapping,
+        k_scale,
+        v_scale,
+    )
+
+
+def rope_key_projection(
+    x: Tensor,
+    weight: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    norm: Tensor | None = None,
+    eps: float = 1e-6,
+    bias: Tensor | None = None,
+    interleaved: bool = False,
+) -> Tensor:
+    """Project to heads, normalise each head and rotate it: `rope(norm(x @ weight.T + bias))`.
+
+    Differentiable in x, weight, norm and bias.
+
+    Args:
+        x: [T, hidden], hidden a multiple of 8.
+        weight: [H * D, hidden] contiguous; D is the width of cos_sin.
+        positions, cos_sin, norm, eps, interleaved: as in `rope_write_kv`; norm serves every head.
+        bias: [H * D] or None.
+
+    Returns:
+        [T, H, D] of the dtype of x.
+
+    Raises:
+        ValueError: a device, dtype, shape or stride that does not fit.
+    """
+    return _ops.rope_key_projection(x, weight, positions, cos_sin, norm, eps, bias, interleaved)
+
+
+def rope_key_projection_write(
+    x: Tensor,
+    weight: Tensor,
+    q_out: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    slot_mapping: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    bias: Tensor | None = None,
+    interleaved: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    """`rope_write_kv` of the product `x @ weight.T + bias`, without the product touching memory.
+
+    Args:
+        x: [T, hidden], hidden a multiple of 8.
+        weight: [(Hq + 2 * Hkv) * D, hidden] contiguous, heads in the order q, k, v.
+        bias: [(Hq + 2 * Hkv) * D] or None.
+        The others: as in `rope_write_kv`.
+
+    Raises:
+        ValueError: a device, dtype, shape or stride that does not fit.
+    """
+    _ops.rope_key_projection_write(
+        x,
+        weight,
+        q_out,
+        k_cache,
+        v_cache,
+        positions,
+        cos_sin,
+        slot_mapping,
+        q_norm,
+        k_norm,
+        eps,
+        bias,
+        interleaved,
+        k_scale,
+        v_scale,
+    )
+
+
+def fuse_kv(
+    k_sources: Sequence[Tensor], v_sources: Sequence[Tensor], key_weights: Tensor, value_weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Form the keys and values of a reconstruction layer in one pass.
+
+        K_i = sum_s key_weights[s] * k_sources[s],   V_i = sum_s value_weights[s] * v_sources[s]
+
+    which is the paper's K_i = a_1 * K_1 + a_n * K_n for two sources. Differentiable in all four arguments;
+    the backward pass is `fuse_kv_backward`.
+
+    Args:
+        k_sources, v_sources: 1 to 8 tensors [..., Hkv, D] each, all of one shape; keys after RoPE.
+        key_weights, value_weights: float32 [number of sources, Hkv, D]. Equal weights inside each rotated
+            pair of key channels are the caller's duty (`FusionWeights` ties them).
+
+    Returns:
+        (k, v), contiguous, of the shape and dtype of the sources.
+
+    Raises:
+        ValueError: a device, dtype, shape or stride that does not fit.
+    """
+    return _ops.fuse_kv(k_sources, v_sources, key_weights, value_weights)
+
+
+def fuse_kv_backward(
+    grad_k: Tensor,
+    grad_v: Tensor,
+    k_sources: Sequence[Tensor],
+    v_sources: Sequence[Tensor],
+    key_weights: Tensor,
+    value_weights: Tensor,
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """Gradients of `fuse_kv` in one pass, bit-identical from run to run.
+
+        dK_s = a_s * dK_i,   da_s = sum over rows of dK_i * K_s   (and the same for values)
+
+    Args:
+        grad_k, grad_v: gradients of k and v, of their shape and dtype.
+        The others: the arguments of `fuse_kv`.
+
+    Returns:
+        (gradients of k_sources, of v_sources, of key_weights, of value_weights).
+
+    Raises:
+        ValueError: a device, dtype, shape or stride that does not fit.
+    """
+    return _ops.fuse_kv_backward(grad_k, grad_v, k_sources, v_sources, key_weights, value_weights)
+
+
+def attention_schedule(
+    seq_lens: Tensor,
+    max_seq_len: int,
+    num_query_tokens: int,
+    num_query_heads: int,
+    num_kv_heads: int,
+    window: int = 0,
+) -> Tensor:
+    """The work split of `fused_attention`, built on the device once a step and shared by all its layers.
+
+    Args:
+        seq_lens: int32 [B], tokens in the cache, the query tokens included.
+        max_seq_len: lengths are clamped to [0, max_seq_len]; the capacity of the block table in tokens.
+        num_query_tokens, num_query_heads, num_kv_heads, window: those of the attention.
+
+    Returns:
+        int32 [B + 1 + B * Hkv * ceil(G * Q / 64)]: cumulative counts of 64-token blocks, then zeros that
+        `fused_attention` counts in and leaves zero. One schedule must not serve two streams at once.
+
+    Raises:
+        ValueError: a dtype, shape or number that does not fit.
+    """
+    return _ops.attention_schedule(
+        seq_lens, max_seq_len, num_query_tokens, num_query_heads, num_kv_heads, window
+    )
+
+
+def fused_attention(
+    q: Tensor,
+    k_sources: Sequence[Tensor],
+    v_sources: Sequence[Tensor],
+    key_weights: Tensor | None,
+    value_weights: Tensor | None,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    schedule: Tensor | None = None,
+    scale: float | None = None,
+    window: int = 0,
+) -> Tensor:
+    """Attention of a few query tokens a sequence over a paged cache, fusing keys and values on the fly.
+
+        out = softmax(scale * q K_i^T) V_i,   K_i = sum_s key_weights[s] * k_sources[s],  V_i likewise
+
+    computed as scores = sum_s (a_s * q) K_s^T and out = sum_s b_s * (P V_s), so that K_i and V_i never exist.
+    One source each is ordinary attention; FusedKV has two. Query token j stands at position seq_len - Q + j
+    and sees the positions up to its own, the last `window` of them when window > 0.
+
+    Args:
+        q: [B, Q, Hq, D], 1 <= Q <= 16, after RoPE.
+        k_sources, v_sources: 1 or 2 caches each, all keys with the same strides and all values too. The dtype
+            of q; on the CPU also float8_e4m3fn, whose scales the caller folds into the weights.
+        key_weights, value_weights: float32 [number of sources, Hkv, D], or None for ones.
+        block_table: int32 [B, max_pages], the pages of each sequence in order; tokens of a page outside the
+            cache are invisible.
+        seq_lens: int32 [B], tokens in the cache, the query tokens included; clamped to the block table.
+        schedule: from `attention_schedule`; None builds it, at the cost of one more launch.
+        scale: of the scores; None means 1 / sqrt(D).
+        window: 0 for none.
+
+    Returns:
+        [B, Q, Hq, D] of the dtype of q; a query token that sees nothing gets zeros.
+
+    Raises:
+        ValueError: a device, dtype, shape or stride that does not fit.
+    """
+    if schedule is None:
+        if k_sources and k_sources[0].dim() == q.dim() == 4 and block_table.dim() == 2:
+            _, page_size, num_kv_heads, _ = k_sources[0].shape
+            capacity = block_table.shape[1] * page_size
+            schedule = _ops.attention_schedule(seq_lens, capacity, *q.shape[1:3], num_kv_heads, window)
+        else:
+            schedule = seq_lens  # never used: the op raises the error that names what is wrong
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    return _ops.fused_attention(
+        q,
+        k_sources,
+        v_sources,
+        key_weights,
+        value_weights,
+        block_table,
+        seq_lens,
+        schedule,
+        scale,
+        window,
+    )

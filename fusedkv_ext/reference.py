@@ -1,0 +1,242 @@
+"""Every op in plain torch: the oracle of the tests, the documentation, and the CPU implementation.
+
+The functions compute in float64 when their inputs are float64 and in float32 otherwise, and round once at
+the end. They read device-side indices as the kernels do: a slot or a page outside the cache is skipped.
+
+Dimensions: T tokens, B sequences, Q query tokens a sequence, Hq query heads, Hkv key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+BLOCK_TOKENS = 64  # tokens of one work unit of fused_attention
+BLOCK_ROWS = 64  # query rows (heads of a group x query tokens) that one work unit serves
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension, in at least float32: x / sqrt(mean(x^2) + eps) * weight."""
+    x = _wide(x)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
+
+
+def apply_rope(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotate each pair of channels of x [T, H, D] by the angle of its position, in at least float32.
+
+    The pair of channel j is j + D/2 (rotate-half), or (2j, 2j+1) when `interleaved`. cos_sin is
+    [max_positions, D]: cosines, then sines. A position outside the table gives NaN.
+    """
+    x = _wide(x)
+    inside = (positions >= 0) & (positions < cos_sin.shape[0])
+    table = cos_sin.to(x.dtype)[torch.where(inside, positions, 0).long()]
+    table = table.masked_fill(~inside[:, None], float("nan"))
+    cos, sin = table[:, None].chunk(2, -1)
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return torch.stack(rotated, -1).flatten(-2) if interleaved else torch.cat(rotated, -1)
+
+
+def _store(rows: Tensor, cache: Tensor, slot_mapping: Tensor, scale: Tensor | None) -> None:
+    page_size = cache.shape[1]
+    valid = (slot_mapping >= 0) & (slot_mapping < cache.shape[0] * page_size)
+    slots, rows = slot_mapping[valid], _wide(rows[valid])
+    if scale is not None:
+        rows = rows / scale.to(rows.dtype)
+    if cache.dtype == torch.float8_e4m3fn:
+        rows = rows.clamp(-448.0, 448.0)  # a cast alone gives NaN beyond the range on some releases
+    cache[slots // page_size, slots % page_size] = rows.to(cache.dtype)
+
+
+def write_kv(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    _store(k, k_cache, slot_mapping, k_scale)
+    _store(v, v_cache, slot_mapping, v_scale)
+
+
+def rope_write_kv(
+    qkv: Tensor,
+    q_out: Tensor | None,
+    k_cache: Tensor | None,
+    v_cache: Tensor | None,
+    positions: Tensor,
+    cos_sin: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    interleaved: bool = False,
+    slot_mapping: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    num_q = 0 if q_out is None else q_out.shape[1]
+    num_kv = 0 if k_cache is None else k_cache.shape[2]
+    q, k, v = qkv.split([num_q, num_kv, num_kv], 1)
+    if q_norm is not None:
+        q = rms_norm(q, q_norm, eps)
+    if k_norm is not None:
+        k = rms_norm(k, k_norm, eps)
+    if q_out is not None:
+        q_out.copy_(apply_rope(q, positions, cos_sin, interleaved))
+    if k_cache is not None:
+        inside = (positions >= 0) & (positions < cos_sin.shape[0])
+        slots = torch.where(inside, slot_mapping, -1)
+        _store(apply_rope(k, positions, cos_sin, interleaved), k_cache, slots, k_scale)
+        _store(v, v_cache, slots, v_scale)
+
+
+def rope_key_projection(
+    x: Tensor,
+    weight: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    norm: Tensor | None = None,
+    eps: float = 1e-6,
+    bias: Tensor | None = None,
+    interleaved: bool = False,
+) -> Tensor:
+    wide_bias = None if bias is None else _wide(bias)
+    heads = torch.nn.functional.linear(_wide(x), _wide(weight), wide_bias)
+    heads = heads.unflatten(-1, (-1, cos_sin.shape[1]))
+    if norm is not None:
+        heads = rms_norm(heads, norm, eps)
+    return apply_rope(heads, positions, cos_sin, interleaved).to(x.dtype)
+
+
+def rope_key_projection_write(
+    x: Tensor,
+    weight: Tensor,
+    q_out: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    slot_mapping: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    bias: Tensor | None = None,
+    interleaved: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    wide_bias = None if bias is None else _wide(bias)
+    heads = torch.nn.functional.linear(_wide(x), _wide(weight), wide_bias)
+    rope_write_kv(
+        heads.unflatten(-1, (-1, cos_sin.shape[1])),
+        q_out,
+        k_cache,
+        v_cache,
+        positions,
+        cos_sin,
+        q_norm,
+        k_norm,
+        eps,
+        interleaved,
+        slot_mapping,
+        k_scale,
+        v_scale,
+    )
+
+
+def _mix(sources: Sequence[Tensor], weights: Tensor | None) -> Tensor:
+    if weights is None:
+        return sum(_wide(s) for s in sources)
+    return sum(w.to(_wide(s).dtype) * _wide(s) for w, s in zip(weights, sources, strict=True))
+
+
+def fuse_kv(
+    k_sources: Sequence[Tensor], v_sources: Sequence[Tensor], key_weights: Tensor, value_weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    k = _mix(k_sources, key_weights).to(k_sources[0].dtype)
+    return k.contiguous(), _mix(v_sources, value_weights).to(v_sources[0].dtype).contiguous()
+
+
+def fuse_kv_backward(
+    grad_k: Tensor,
+    grad_v: Tensor,
+    k_sources: Sequence[Tensor],
+    v_sources: Sequence[Tensor],
+    key_weights: Tensor,
+    value_weights: Tensor,
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    def side(grad: Tensor, sources: Sequence[Tensor], weights: Tensor) -> tuple[list[Tensor], Tensor]:
+        grad = _wide(grad).contiguous()
+        grad_sources = [(w.to(grad.dtype) * grad).to(s.dtype) for w, s in zip(weights, sources, strict=True)]
+        products = [(grad * _wide(s)).reshape(-1, *grad.shape[-2:]) for s in sources]
+        grad_weights = torch.stack([product.sum(0) for product in products])
+        return grad_sources, grad_weights.to(weights.dtype)
+
+    grad_ks, grad_a = side(grad_k, k_sources, key_weights)
+    grad_vs, grad_b = side(grad_v, v_sources, value_weights)
+    return grad_ks, grad_vs, grad_a, grad_b
+
+
+def attention_schedule(
+    seq_lens: Tensor,
+    max_seq_len: int,
+    num_query_tokens: int,
+    num_query_heads: int,
+    num_kv_heads: int,
+    window: int = 0,
+) -> Tensor:
+    lengths = seq_lens.long().clamp(0, max_seq_len)
+    first = torch.zeros_like(lengths)
+    if window > 0:
+        first = (lengths - num_query_tokens - window + 1).clamp(min=0) // BLOCK_TOKENS
+    blocks = ((lengths + BLOCK_TOKENS - 1) // BLOCK_TOKENS - first).clamp(min=1)
+    rows = num_query_heads // num_kv_heads * num_query_tokens
+    counters = seq_lens.numel() * num_kv_heads * -(-rows // BLOCK_ROWS)
+    parts = (blocks.new_zeros(1), blocks.cumsum(0), blocks.new_zeros(counters))
+    return torch.cat(parts).to(torch.int32)
+
+
+def fused_attention(
+    q: Tensor,
+    k_sources: Sequence[Tensor],
+    v_sources: Sequence[Tensor],
+    key_weights: Tensor | None,
+    value_weights: Tensor | None,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    schedule: Tensor,
+    scale: float,
+    window: int = 0,
+) -> Tensor:
+    batch, num_tokens, num_q_heads, _ = q.shape
+    num_pages, page_size, num_kv_heads, _ = k_sources[0].shape
+    out = torch.zeros_like(_wide(q))
+    for b in range(batch):
+        length = min(max(int(seq_lens[b]), 0), block_table.shape[1] * page_size)
+        key_pos = torch.arange(length, device=q.device)
+        pages = block_table[b, key_pos // page_size].long()
+        key_pos, pages = key_pos[(known := (pages >= 0) & (pages < num_pages))], pages[known]
+        if key_pos.numel() == 0:
+            continue
+        slots = (pages, key_pos % page_size)
+        keys = _mix([source[slots] for source in k_sources], key_weights)  # [tokens, Hkv, D]
+        values = _mix([source[slots] for source in v_sources], value_weights)
+        group = num_q_heads // num_kv_heads
+        queries = _wide(q[b]).unflatten(1, (num_kv_heads, group))  # [Q, Hkv, G, D]
+        scores = torch.einsum("qhgd,thd->hgqt", queries.to(keys.dtype), keys) * scale
+        query_pos = length - num_tokens + torch.arange(num_tokens, device=q.device)[:, None]
+        visible = key_pos <= query_pos
+        if window > 0:
+            visible &= key_pos > query_pos - window
+        probabilities = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+        probabilities = probabilities.masked_fill(~visible, 0.0)  # a row that sees nothing gives zero
+        out[b] = torch.einsum("hgqt,thd->qhgd", probabilities, values).flatten(1, 2)
+    return out.to(q.dtype)

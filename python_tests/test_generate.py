@@ -1,0 +1,204 @@
+import pytest
+import tiny
+import torch
+
+from fusedkv_ext import generate, stream
+from fusedkv_ext.generate import Sampling, sample
+
+every_plan = pytest.mark.parametrize("plan", tiny.PLANS.values(), ids=tiny.PLANS)
+
+
+def greedy_without_cache(model, prompt, count) -> list[int]:
+    ids = prompt[None].to(model.device)
+    with torch.no_grad():
+        for _ in range(count):
+            ids = torch.cat((ids, model(ids)[:, -1:].argmax(-1)), 1)
+    return ids[0, len(prompt) :].tolist()
+
+
+@every_plan
+def test_greedy_tokens_equal_those_without_a_cache(plan):
+    model, prompts = tiny.model(plan), tiny.prompts(5, 11, 1)
+    expected = [greedy_without_cache(model, prompt, 5) for prompt in prompts]
+    result = generate(model, prompts, 5, page_size=4)
+    assert result.tokens == expected
+    assert result.cache_nbytes * tiny.LAYERS == result.vanilla_cache_nbytes * len(plan.storage_layers)
+    assert result.ttft > 0 and result.tpot > 0 and not result.cuda_graph
+
+
+def test_batching_chunking_and_page_size_change_nothing():
+    model, prompts = tiny.model("fusedkv", sliding_window=6), tiny.prompts(5, 11, 5, 2)
+    expected = generate(model, prompts, 6).tokens
+    for options in ({"prefill_chunk": 3}, {"prefill_chunk": 7, "page_size": 3}, {"page_size": 100}):
+        assert generate(model, prompts, 6, **options).tokens == expected
+    assert [generate(model, [prompt], 6).tokens[0] for prompt in prompts] == expected
+    assert generate(model, [prompt.tolist() for prompt in prompts], 6).tokens == expected
+
+
+@pytest.mark.cuda
+@every_plan
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_captured_step_gives_the_tokens_of_an_eager_one(plan, temperature):
+    model, prompts = tiny.model(plan, device="cuda"), tiny.prompts(5, 63, 1, 20)
+    options = dict(temperature=temperature, top_k=30, top_p=0.9, seed=3, stop_tokens=[5, 6, 7])
+    eager = generate(model, prompts, 20, use_cuda_graph=False, **options)
+    captured = generate(model, prompts, 20, **options)
+    assert captured.cuda_graph and not eager.cuda_graph
+    assert captured.tokens == eager.tokens
+
+
+def test_stream_yields_the_same_tokens_as_they_come(device):
+    model, prompts = tiny.model("fusedkv", device=device), tiny.prompts(5, 3)
+    expected = generate(model, prompts, 4).tokens
+    order = list(stream(model, prompts, 4))
+    assert [i for i, _ in order] == [0, 1] * 4
+    assert [[token for i, token in order if i == j] for j in range(2)] == expected
+
+
+def test_stop_tokens_end_their_sequence_only(device):
+    model, prompts = tiny.model("fusedkv", device=device), tiny.prompts(5, 3, 8)
+    free = generate(model, prompts, 12).tokens
+    stops = {free[0][4], free[1][0]}
+    expected = []
+    for tokens in free:
+        ends = [i for i, token in enumerate(tokens) if token in stops]
+        expected.append(tokens[: ends[0]] if ends else tokens)
+    assert expected[0] != free[0] and expected[1] == []
+    assert generate(model, prompts, 12, stop_tokens=list(stops)).tokens == expected
+    only = generate(model, prompts[1:2], 12, stop_tokens=list(stops))
+    assert only.tokens == [[]] and only.tpot is None
+
+
+def test_one_seed_gives_one_text(device):
+    model, prompts = tiny.model("fusedkv", device=device), tiny.prompts(5, 3)
+    options = dict(temperature=1.5, top_p=0.95)
+    first = generate(model, prompts, 12, seed=1, **options).tokens
+    assert generate(model, prompts, 12, seed=1, **options).tokens == first
+    assert generate(model, prompts, 12, seed=2, **options).tokens != first
+    unseeded = [generate(model, prompts, 12, **options).tokens for _ in range(2)]
+    assert unseeded[0] != unseeded[1]
+
+
+def test_generation_leaves_the_callers_random_numbers_alone():
+    model, prompts = tiny.model("fusedkv"), tiny.prompts(3)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    for seed in (1, None):
+        torch.manual_seed(5)
+        generate(model, prompts, 2, temperature=1.0, seed=seed)
+        assert torch.equal(torch.rand(3), expected)
+
+
+def frequencies(logits, draws=40_000, **options) -> torch.Tensor:
+    rows = logits.expand(draws, -1).contiguous()
+    uniform = torch.rand(draws, device=logits.device)
+    chosen = sample(rows, Sampling(**options), uniform)
+    return torch.bincount(chosen, minlength=logits.shape[-1]).double().cpu() / draws
+
+
+def test_sampling_follows_the_distribution(device):
+    probabilities = torch.tensor([0.05, 0.4, 0.3, 0.15, 0.1], dtype=torch.float64)
+    logits = probabilities.log()[None].to(device, torch.float32)
+
+    def expect(keep, exponent=1.0):
+        wanted = torch.where(torch.tensor(keep), probabilities, 0.0) ** exponent
+        wanted = torch.where(torch.tensor(keep), wanted, 0.0)
+        return wanted / wanted.sum()
+
+    every = [True] * 5
+    cases = [
+        (dict(temperature=1.0), expect(every)),
+        (dict(temperature=0.5), expect(every, 2.0)),
+        (dict(temperature=1.0, top_k=2), expect([False, True, True, False, False])),
+        (dict(temperature=1.0, top_k=99), expect(every)),
+        (dict(temperature=1.0, top_p=0.75), expect([False, True, True, True, False])),
+        (dict(temperature=1.0, top_p=0.3), expect([False, True, False, False, False])),
+        (dict(temperature=1.0, top_k=4, top_p=0.99), expect([False, True, True, True, True])),
+        (dict(temperature=1e-30), expect([False, True, False, False, False])),
+        (dict(temperature=0.0), expect([False, True, False, False, False])),
+    ]
+    for options, wanted in cases:
+        got = frequencies(logits, **options)
+        assert (got - wanted).abs().max() < 0.015, options
+        assert (got[wanted == 0] == 0).all(), options
+
+
+def test_the_ends_of_the_uniform_interval_choose_possible_tokens(device):
+    logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]] * 2, device=device)
+    uniform = torch.tensor([0.0, 1 - 2**-24], device=device)
+    assert sample(logits, Sampling(temperature=1.0), uniform).tolist() == [1, 2]
+    assert sample(logits, Sampling(temperature=1.0, top_k=2), uniform).tolist() == [2, 1]
+
+
+def test_a_cache_of_ones_own_is_used_and_given_back(device):
+    model, prompts = tiny.model("fusedkv", device=device), tiny.prompts(5, 9)
+    cache = model.new_cache(10, page_size=4, max_batch=4)
+    tiny.poison(cache)
+    (kept,) = cache.add([4])
+    expected = generate(model, prompts, 6).tokens
+    for _ in range(3):
+        assert generate(model, prompts, 6, cache=cache).tokens == expected
+    assert cache.num_free_pages == 9
+    steps = stream(model, prompts, 6, cache=cache)
+    next(steps)
+    assert cache.num_free_pages < 9
+    steps.close()
+    assert cache.num_free_pages == 9 and cache.capacity(kept) == 4
+
+
+def test_progress_bar(capsys):
+    generate(tiny.model("fusedkv"), tiny.prompts(3, 4), 5, progress=True)
+    assert "10/10" in capsys.readouterr().err
+    generate(tiny.model("fusedkv"), tiny.prompts(3, 4), 5)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "prompts, count, options, message",
+    [
+        ([], 4, {}, "prompts: expected at least one prompt, got 0"),
+        ([[1], []], 4, {}, r"prompts\[1\]: expected at least one token, got an empty prompt"),
+        ([1, 2], 4, {}, r"prompts\[0\]: expected a sequence of token ids, got 1"),
+        (["text"], 4, {}, r"prompts\[0\]: expected a sequence of token ids, got 'text'"),
+        ([[0.5]], 4, {}, r"prompts\[0\]: expected integers \[S\], got torch\.float32"),
+        (
+            [torch.zeros(1, 2).long()],
+            4,
+            {},
+            r"prompts\[0\]: expected integers \[S\], got torch\.int64 \[1, 2\]",
+        ),
+        ([[3, 97]], 4, {}, r"prompts\[0\]: expected token ids 0 to 96, got 97"),
+        ([[-1, 3]], 4, {}, r"prompts\[0\]: expected token ids 0 to 96, got -1"),
+        ([[1] * 125], 4, {}, r"prompts\[0\]: expected at most 128 tokens .*got 125 \+ 4"),
+        ([[1]], 0, {}, "max_new_tokens: expected 1 or more, got 0"),
+        ([[1]], 4, {"temperature": -1.0}, r"temperature: expected 0 or more, got -1\.0"),
+        ([[1]], 4, {"temperature": float("nan")}, "temperature: expected 0 or more, got nan"),
+        ([[1]], 4, {"top_k": 0}, "top_k: expected None or 1 or more, got 0"),
+        ([[1]], 4, {"top_p": 0.0}, r"top_p: expected None or above 0 and at most 1, got 0\.0"),
+        ([[1]], 4, {"top_p": 1.5}, r"top_p: expected None or above 0 and at most 1, got 1\.5"),
+        ([[1]], 4, {"prefill_chunk": 0}, "prefill_chunk: expected 1 token or more, got 0"),
+        ([[1]], 4, {"page_size": 0}, "page_size: expected 1 token or more, got 0"),
+        ([[1]], 4, {"use_cuda_graph": True}, "use_cuda_graph: expected a model on CUDA, got cpu"),
+    ],
+)
+def test_bad_input_is_refused(prompts, count, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(tiny.model("fusedkv"), prompts, count, **options)
+
+
+def test_a_cache_that_does_not_fit_is_refused_before_anything_is_written():
+    model = tiny.model("fusedkv")
+    cache = model.new_cache(3, page_size=4, max_batch=2)
+    tiny.poison(cache)
+    for prompts, message in (
+        (tiny.prompts(9, 3), "cache full: expected at most 3 free pages .*got 5 pages"),
+        (tiny.prompts(10), "capacity: expected 1 to 12 tokens a sequence, got 13"),
+        (tiny.prompts(1, 1, 1), "rows: expected 3 free sequences, got 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(model, prompts, 4, cache=cache)
+    assert cache.num_free_pages == 3
+    assert all(pool.isnan().all() for pool in (*cache.keys.values(), *cache.values.values()))
+    other = tiny.model("fusedkv_lite").new_cache(3)
+    with pytest.raises(ValueError, match=r"cache: expected one with this model's config.*fusedkv_lite"):
+        generate(model, tiny.prompts(3), 4, cache=other)

@@ -1,0 +1,356 @@
+import copy
+import itertools
+import json
+import os
+
+import pytest
+import tiny
+import torch
+from oracle import assert_close_2x
+from safetensors.torch import load_file, save_file
+
+from fusedkv_ext import CrossLayerPlan, FusedKVForCausalLM
+
+every_plan = pytest.mark.parametrize("plan", tiny.PLANS.values(), ids=tiny.PLANS)
+
+
+def widened(model: FusedKVForCausalLM) -> FusedKVForCausalLM:
+    """The same weights in float64 on the CPU: the oracle."""
+    return copy.deepcopy(model).cpu().double()
+
+
+def assert_like_full_forward(model, steps, lengths, prefill, **options):
+    """Prefill `lengths` tokens of each sequence, decode the rest: the logits of one full forward.
+
+    float64 on the CPU must agree to rounding; bfloat16 on a GPU within twice the full forward's own error.
+    """
+    ids = [prompt.to(model.device) for prompt in tiny.prompts(*(n + steps for n in lengths))]
+    cache = model.new_cache(40, page_size=4, max_batch=len(ids) + 1)
+    tiny.poison(cache)
+    cache.add([1])  # so that nobody writes page 0, where a masked read may point
+    rows = cache.add([len(x) for x in ids[::-1]])[::-1]  # rows need not be in order
+    first = prefill(model, cache, rows, [x[:n] for x, n in zip(ids, lengths, strict=True)], **options)
+    outputs = [first]
+    for step in range(steps):
+        tokens = torch.stack([x[n + step] for x, n in zip(ids, lengths, strict=True)])
+        outputs.append(model.decode(cache, rows, tokens))
+    actual = torch.stack(outputs, 1)  # [B, steps + 1, vocab]
+    oracle = widened(model)
+    with torch.no_grad():
+        exact = [oracle(x[None].cpu())[0, n - 1 : n + steps] for x, n in zip(ids, lengths, strict=True)]
+        same = [model(x[None])[0, n - 1 : n + steps] for x, n in zip(ids, lengths, strict=True)]
+    assert_close_2x(actual, torch.stack(exact), torch.stack(same), absolute=1e-10)
+
+
+def prefill(model, cache, rows, prompts, **options):
+    return model.prefill(cache, rows, prompts, **options)
+
+
+@every_plan
+def test_prefill_and_decode_give_the_logits_of_a_full_forward(device, plan):
+    model = tiny.model(plan, device=device)
+    assert_like_full_forward(model, 4, (5, 9, 5, 1), prefill)
+
+
+@pytest.mark.parametrize("plan", ["fusedkv", "fusedkv_lite_learnable", "dense_fusion"])
+def test_half_precision_on_the_cpu(plan):
+    assert_like_full_forward(tiny.model(plan, torch.bfloat16), 4, (5, 9, 5, 1), prefill, chunk=8)
+
+
+@every_plan
+def test_chunked_prefill(device, plan):
+    model = tiny.model(plan, device=device)
+    assert_like_full_forward(model, 1, (5, 12, 5), prefill, chunk=5)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 16, 100])
+def test_chunks_of_any_size(device, chunk):
+    assert_like_full_forward(tiny.model("fusedkv", device=device), 1, (5, 7, 5), prefill, chunk=chunk)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize(
+    "interleaved, qk_norm, window", [(True, True, 3), (False, False, None), (True, False, 7)]
+)
+def test_options_of_the_architecture(device, kv_heads, interleaved, qk_norm, window):
+    options = dict(
+        num_kv_heads=kv_heads, rope_interleaved=interleaved, qk_norm=qk_norm, sliding_window=window
+    )
+    model = tiny.model("fusedkv", device=device, tie_word_embeddings=window is None, **options)
+    assert_like_full_forward(model, 3, (9, 2), prefill, chunk=6)
+
+
+@every_plan
+def test_a_sequence_can_be_prefilled_twice(plan):
+    def twice(model, cache, rows, prompts):
+        model.prefill(cache, rows, [prompt[:3] for prompt in prompts])
+        return model.prefill(cache, rows, [prompt[3:] for prompt in prompts])
+
+    assert_like_full_forward(tiny.model(plan), 1, (7, 4), twice)
+
+
+@every_plan
+def test_early_exit_gives_the_last_of_all_logits(device, plan):
+    model = tiny.model(plan, device=device)
+    prompts = tiny.prompts(9, 4, 1)
+    cache = model.new_cache(20, page_size=4, max_batch=6)
+    rows = cache.add([9, 4, 1, 9, 4, 1])
+    last = model.prefill(cache, rows[:3], prompts, chunk=6)
+    every = model.prefill(cache, rows[3:], prompts, chunk=6, all_logits=True)
+    oracle = widened(model)
+    with torch.no_grad():
+        exact = [oracle(prompt[None])[0] for prompt in prompts]
+        same = [model(prompt[None].to(device))[0] for prompt in prompts]
+    ends = [8, 12, 13]  # the last tokens among all
+    exact, same = torch.cat(exact), torch.cat(same)
+    assert_close_2x(torch.cat((*every, last)), exact[[*range(14), *ends]], same[[*range(14), *ends]], 1e-10)
+
+
+@every_plan
+def test_early_exit_skips_layers(plan):
+    model = tiny.model(plan)
+    tokens = dict.fromkeys(range(tiny.LAYERS), 0)
+
+    def count(layer):
+        def hook(module, args):
+            tokens[layer] += len(args[0])
+
+        return hook
+
+    for i, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_pre_hook(count(i))
+    cache = model.new_cache(10, page_size=4, max_batch=2)
+    model.prefill(cache, cache.add([9, 4]), tiny.prompts(9, 4), chunk=5)
+    last = plan.last_storage
+    assert list(tokens.values()) == [13] * last + [2] * (tiny.LAYERS - last)
+
+
+def test_fusedkv_with_lite_weights_is_lite_bit_for_bit(device):
+    lite = tiny.model("fusedkv_lite", torch.float32, device)
+    fused = tiny.model("fusedkv", torch.float32, device)
+    fused.load_state_dict(lite.state_dict(), strict=False)
+    for layer in fused.model.layers[3:]:
+        weights = layer.attention.fusion
+        with torch.no_grad():
+            for side, entries in ((weights.key, (0.0, 1.0)), (weights.value, (1.0, 0.0))):
+                side.copy_(torch.tensor(entries, device=device)[:, None, None].expand_as(side))
+    prompts = [prompt.to(device) for prompt in tiny.prompts(9, 5)]
+    outputs = []
+    for model in (lite, fused):
+        with torch.no_grad():
+            whole = model(prompts[0][None])
+        cache = model.new_cache(10, page_size=4, max_batch=2)
+        rows = cache.add([10, 6])
+        first = model.prefill(cache, rows, prompts)
+        outputs.append((whole, first, model.decode(cache, rows, first.argmax(-1))))
+    for a, b in zip(*outputs, strict=True):
+        assert torch.equal(a, b)
+
+
+def train(model, steps=8, autocast=None) -> list[float]:
+    ids = torch.randint(0, tiny.VOCAB, (2, 17), device=model.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(steps):
+        with torch.autocast(model.device.type, dtype=autocast, enabled=autocast is not None):
+            loss = model(ids[:, :-1], ids[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@every_plan
+def test_every_plan_trains(plan):
+    losses = train(FusedKVForCausalLM(tiny.config(plan, fusion_init="lite")))
+    assert losses[-1] < losses[0] - 0.3
+
+
+@pytest.mark.parametrize("fusion_init", ["standard", "equivalent"])
+def test_every_initialisation_trains(fusion_init):
+    losses = train(FusedKVForCausalLM(tiny.config("fusedkv", fusion_init=fusion_init)))
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_gqa_and_windows_train_under_autocast(device):
+    shape = dict(num_kv_heads=1, sliding_window=4, head_dim=64 if device == "cuda" else 16)
+    model = FusedKVForCausalLM(tiny.config("fusedkv", **shape)).to(device)
+    losses = train(model, autocast=torch.bfloat16)
+    assert losses[-1] < losses[0] - 0.3
+
+
+def gradients(model: FusedKVForCausalLM, call, ids) -> list[torch.Tensor]:
+    model.zero_grad()
+    call(ids, ids).backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("plan", ["fusedkv", "fusedkv_lite", "vanilla"])
+def test_training_compiles_without_graph_breaks(device, plan):
+    model = tiny.model(plan, torch.float32, device, num_layers=4)
+    ids = torch.randint(0, tiny.VOCAB, (2, 9), device=device)
+    backend = "inductor" if device == "cuda" else "aot_eager"  # which needs no C++ compiler
+    compiled = gradients(model, torch.compile(model, fullgraph=True, backend=backend), ids)
+    eager = gradients(model, model, ids)
+    oracle = widened(model)
+    exact = gradients(oracle, oracle, ids.cpu())
+
+    def scaled(grads):  # to compare parameters of any size in one sweep
+        return torch.cat([(g.cpu() / e.abs().max()).flatten() for g, e in zip(grads, exact, strict=True)])
+
+    assert_close_2x(scaled(compiled), scaled(exact), scaled(eager), absolute=1e-6)
+
+
+def test_reconstruction_layers_own_no_key_or_value_weights():
+    names = [name for name, _ in tiny.model("fusedkv").named_parameters()]
+    upper = [n.split(".", 3)[3] for n in names if n.startswith("model.layers.4.")]
+    assert sorted(upper) == [
+        "attention.fusion.key",
+        "attention.fusion.value",
+        "attention.o_proj.weight",
+        "attention.q_norm.weight",
+        "attention.q_proj.weight",
+        "attention_norm.weight",
+        "mlp.down_proj.weight",
+        "mlp.gate_up_proj.weight",
+        "mlp_norm.weight",
+    ]
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda m: m(torch.zeros(0, 4).long()), "input_ids: expected int64 or int32.*got torch.int64 .0, 4."),
+        (lambda m: m(torch.zeros(1, 0).long()), "input_ids: expected int64 or int32.*neither of them 0"),
+        (lambda m: m(torch.zeros(4).long()), "input_ids: expected int64 or int32"),
+        (lambda m: m(torch.zeros(1, 4)), "input_ids: expected int64 or int32.*got torch.float32"),
+        (
+            lambda m: m(torch.zeros(1, 129).long()),
+            "input_ids: expected at most 128 tokens a sequence, got 129",
+        ),
+        (
+            lambda m: m(torch.zeros(1, 4).long(), torch.zeros(1, 3).long()),
+            r"targets: expected shape \[1, 4\], got \[1, 3\]",
+        ),
+    ],
+)
+def test_forward_refuses_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(tiny.model())
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda m, c, p: m.prefill(c, [], []), "prefill: rows: expected at least one sequence, got 0"),
+        (lambda m, c, p: m.prefill(c, [0], [p, p]), "prefill: prompts: expected 1, one a row, got 2"),
+        (lambda m, c, p: m.prefill(c, [0], [p[:0]]), r"prompts\[0\]: expected .* at least one token"),
+        (lambda m, c, p: m.prefill(c, [0], [p.float()]), r"prompts\[0\]: expected int64 or int32"),
+        (lambda m, c, p: m.prefill(c, [0], [p], chunk=0), "chunk: expected at least 1 token, got 0"),
+        (lambda m, c, p: m.prefill(c, [0, 1], [p, p.repeat(3)]), "row 1: expected at most 8 tokens.*got 15"),
+        (lambda m, c, p: m.prefill(c, [0, 2], [p, p]), r"rows: expected rows in use, \[0, 1\], got 2"),
+        (lambda m, c, p: m.prefill(c, [1, 1], [p, p]), "rows: expected different rows"),
+        (lambda m, c, p: m.decode(c, [], p[:0]), "decode: rows: expected at least one sequence"),
+        (lambda m, c, p: m.decode(c, [0], p), r"decode: tokens: expected int64 or int32 \[1\]"),
+        (
+            lambda m, c, p: (c.advance([1], [8]), m.decode(c, [0, 1], p[:2])),
+            "row 1: expected at most 8 .*got 9",
+        ),
+    ],
+)
+def test_cached_calls_refuse_bad_input_and_write_nothing(call, message):
+    model = tiny.model()
+    cache = model.new_cache(4, page_size=4, max_batch=3)
+    tiny.poison(cache)
+    cache.add([8, 8])
+    with pytest.raises(ValueError, match=message):
+        call(model, cache, tiny.prompts(5)[0])
+    assert cache.length(0) == 0 and cache.seq_lens[0] == 0
+    assert all(pool.isnan().all() for pool in (*cache.keys.values(), *cache.values.values()))
+
+
+@every_plan
+def test_checkpoint_round_trip(plan, tmp_path):
+    model = tiny.model(plan, torch.float32, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "model")
+    assert sorted(os.listdir(tmp_path / "model")) == ["config.json", "model.safetensors"]
+    loaded = FusedKVForCausalLM.from_pretrained(tmp_path / "model")
+    ids = tiny.prompts(9)[0][None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids), model(ids))
+    assert loaded.config == model.config
+
+
+def test_checkpoint_dtype_and_device(device, tmp_path):
+    tiny.model("fusedkv", torch.float32).save_pretrained(tmp_path)
+    loaded = FusedKVForCausalLM.from_pretrained(tmp_path, device=device, dtype=torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16 and loaded.device.type == device
+    assert {p.dtype for n, p in loaded.named_parameters() if "fusion" in n} == {torch.float32}
+    assert loaded.model.rotary().dtype == torch.float32
+    assert loaded.model.rotary().device == loaded.device
+    whole = FusedKVForCausalLM.from_pretrained(tmp_path)
+    assert all(p.data_ptr() % 16 == 0 for p in (*whole.parameters(), *loaded.parameters()))
+
+
+def test_bad_checkpoints_name_every_tensor(tmp_path):
+    model = tiny.model("fusedkv", torch.float32)
+    model.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["model.norm.weight"]
+    tensors["model.surplus"] = torch.zeros(2)
+    tensors["model.layers.3.attention.fusion.key"] = torch.zeros(2, 2, 16)
+    save_file(tensors, weights)
+    with pytest.raises(ValueError) as error:
+        FusedKVForCausalLM.from_pretrained(tmp_path)
+    for part in (
+        "missing ['model.norm.weight']",
+        "extra ['model.surplus']",
+        "model.layers.3.attention.fusion.key: expected shape [2, 2, 8], got [2, 2, 16]",
+    ):
+        assert part in str(error.value)
+
+    weights.write_bytes(b"pickle me")
+    with pytest.raises(ValueError, match=r"model\.safetensors: expected a safetensors file"):
+        FusedKVForCausalLM.from_pretrained(tmp_path)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="safetensors"):
+        FusedKVForCausalLM.from_pretrained(tmp_path)
+
+
+def test_an_interrupted_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    tiny.model("fusedkv", torch.float32).save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def broken(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("fusedkv_ext.model.save_file", broken)
+    with pytest.raises(OSError, match="disk full"):
+        tiny.model("vanilla", torch.float32).save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_config_json_holds_the_plan(tmp_path):
+    plan = CrossLayerPlan.from_layer_types("0_1_2_0_1_2")
+    tiny.model(plan, torch.float32).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert [layer["key_sources"] for layer in stored["plan"]["layers"]] == [[0], [1], [2]] * 2
+
+
+def test_a_row_of_nan_reaches_no_other_sequence():
+    model = tiny.model("fusedkv")
+    prompts, outputs = tiny.prompts(6, 7), []
+    for spoil in (False, True):
+        cache = model.new_cache(6, page_size=4, max_batch=2)
+        rows = cache.add([10, 10])
+        model.prefill(cache, rows, prompts)
+        if spoil:
+            pages = cache.block_table[rows[0]]
+            for pool in itertools.chain(cache.keys.values(), cache.values.values()):
+                pool[pages[pages >= 0].long()] = float("nan")
+        outputs.append(model.decode(cache, rows, torch.tensor([1, 2])))
+    assert outputs[1][0].isnan().all() and torch.equal(outputs[0][1], outputs[1][1])

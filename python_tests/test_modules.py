@@ -1,0 +1,225 @@
+import pytest
+import tiny
+import torch
+from oracle import assert_close_2x
+from torch import nn
+
+from fusedkv_ext import (
+    DecoderLayer,
+    FusionWeights,
+    LayerPlan,
+    PagedKVCache,
+    ReconstructionAttention,
+    StorageAttention,
+    reference,
+)
+from fusedkv_ext.modules import RMSNorm, SwiGLU, causal_attention, initialise_fusion, rope_table
+
+HKV, D = 2, 16
+
+
+def random_fusion(**options) -> FusionWeights:
+    fusion = FusionWeights(2, 2, HKV, D, **options)
+    for parameter in fusion.parameters():
+        nn.init.normal_(parameter)
+    return fusion
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_key_weights_are_tied_in_rope_pairs(interleaved):
+    fusion = random_fusion(interleaved=interleaved)
+    key, value = fusion()
+    assert fusion.key.shape == (2, HKV, D // 2) and fusion.value.shape == (2, HKV, D)
+    assert key.shape == value.shape == (2, HKV, D) and torch.equal(value, fusion.value)
+    pairs = (key[..., 0::2], key[..., 1::2]) if interleaved else key.chunk(2, -1)
+    assert torch.equal(pairs[0], fusion.key) and torch.equal(pairs[1], fusion.key)
+
+    grad = torch.randn_like(key)
+    key.backward(grad)
+    pairs = (grad[..., 0::2], grad[..., 1::2]) if interleaved else grad.chunk(2, -1)
+    torch.testing.assert_close(fusion.key.grad, pairs[0] + pairs[1])
+
+
+def test_kinds_of_weights():
+    key, value = FusionWeights(3, 1, HKV, D, "scalar", "none")()
+    assert value is None and key.is_contiguous()
+    assert torch.equal(key, torch.tensor([0.0, 0.0, 1.0])[:, None, None].expand(3, HKV, D))
+    assert list(FusionWeights(1, 1, HKV, D, "none", "none").parameters()) == []
+    with pytest.raises(ValueError, match="head_dim: expected an even number, got 15"):
+        FusionWeights(2, 2, HKV, 15)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_scores_depend_on_relative_positions_only_when_tied(interleaved):
+    """The paper's eq. (7): untied weights add a term in m + n."""
+    table = rope_table(D, 200).double()
+    q, k = torch.randn(2, 1, 1, D, dtype=torch.float64)
+
+    def score(weights: torch.Tensor, m: int, n: int) -> torch.Tensor:
+        query = reference.apply_rope(q, torch.tensor([m]), table, interleaved)
+        key = reference.apply_rope(k, torch.tensor([n]), table, interleaved)
+        return (query * weights * key).sum()
+
+    tied = random_fusion(interleaved=interleaved)()[0][0, 0].double()
+    torch.testing.assert_close(score(tied, 20, 5), score(tied, 190, 175))
+    untied = tied + torch.randn(D)
+    assert (score(untied, 20, 5) - score(untied, 190, 175)).abs() > 1e-3
+
+
+def test_fusion_weights_stay_float32():
+    fusion = random_fusion()
+    before = fusion.key.detach().clone()
+    for convert in (fusion.half, fusion.bfloat16):
+        convert()
+        assert fusion.key.dtype == torch.float32 and torch.equal(fusion.key, before)
+    assert fusion.double().key.dtype == torch.float64
+
+
+def stack_of_fusion(num_layers: int) -> list[FusionWeights]:
+    return [random_fusion() for _ in range(num_layers)]
+
+
+def test_lite_initialisation():
+    stack = stack_of_fusion(3)
+    initialise_fusion(stack, "lite")
+    for fusion in stack:
+        key, value = fusion()
+        assert torch.equal(key, torch.tensor([0.0, 1.0])[:, None, None].expand(2, HKV, D))
+        assert torch.equal(value, torch.tensor([1.0, 0.0])[:, None, None].expand(2, HKV, D))
+
+
+def test_standard_initialisation():
+    stack = [FusionWeights(2, 2, 8, 64) for _ in range(8)]
+    initialise_fusion(stack, "standard")
+    drawn = torch.cat([p.detach().flatten() for fusion in stack for p in fusion.parameters()])
+    assert drawn.mean().abs() < 0.05 and (drawn.std() - 1).abs() < 0.05
+
+
+def test_equivalent_initialisation_is_the_unrolled_iterative_form():
+    stack = stack_of_fusion(4)
+    torch.manual_seed(7)
+    initialise_fusion(stack, "equivalent")
+    k1, kn, v1, vn = torch.randn(4, HKV, D)
+
+    torch.manual_seed(7)  # the same draws, used the iterative way
+    before = kn
+    for fusion in stack:
+        carry, extra = torch.randn(HKV, D // 2), torch.randn(HKV, D // 2)
+        before = carry.repeat(1, 2) * before + extra.repeat(1, 2) * kn
+        key = fusion()[0]
+        torch.testing.assert_close(key[0] * k1 + key[1] * kn, before)
+    before = vn
+    for fusion in stack:
+        carry, extra = torch.randn(HKV, D), torch.randn(HKV, D)
+        before = carry * before + extra * v1
+        value = fusion()[1]
+        torch.testing.assert_close(value[0] * v1 + value[1] * vn, before)
+
+
+def test_rope_table_layout_and_precision():
+    table = rope_table(D, 100_001, theta=1e6)
+    angles = 100_000 * 1e6 ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
+    exact = torch.cat((angles.cos(), angles.sin())).float()
+    assert table.dtype == torch.float32 and table.shape == (100_001, D)
+    torch.testing.assert_close(table[-1], exact, rtol=0, atol=1e-6)
+    assert torch.equal(table[0], torch.tensor([1.0] * 8 + [0.0] * 8))
+
+
+def test_rms_norm_and_swiglu_are_their_formulas():
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    norm = RMSNorm(8, eps=0.1).double()
+    nn.init.normal_(norm.weight)
+    torch.testing.assert_close(norm(x), x / (x.square().mean(-1, keepdim=True) + 0.1).sqrt() * norm.weight)
+    mlp = SwiGLU(8, 12).double()
+    gate, up = mlp.gate_up_proj.weight.chunk(2)
+    hidden = (x @ gate.t()) * torch.sigmoid(x @ gate.t()) * (x @ up.t())
+    torch.testing.assert_close(mlp(x), hidden @ mlp.down_proj.weight.t())
+
+
+def naive_attention(q, k, v, window):
+    groups = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(groups, 2) for x in (k, v))
+    scores = torch.einsum("bqhd,bshd->bhqs", q, k) * q.shape[-1] ** -0.5
+    queries, length = scores.shape[-2:]
+    distance = torch.arange(length - queries, length)[:, None] - torch.arange(length)
+    visible = (distance >= 0) & (distance < (window or length))
+    return torch.einsum("bhqs,bshd->bqhd", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (4, 1)])
+@pytest.mark.parametrize("queries, length", [(1, 1), (9, 9), (1, 9), (4, 9), (600, 700)])
+@pytest.mark.parametrize("window", [0, 1, 3, 530, 5000])
+def test_causal_attention(heads, kv_heads, queries, length, window):
+    q = torch.randn(2, queries, heads, 4, dtype=torch.float64)
+    k, v = torch.randn(2, 2, length, kv_heads, 4, dtype=torch.float64)
+    torch.testing.assert_close(causal_attention(q, k, v, window), naive_attention(q, k, v, window))
+
+
+class TwoLayers(nn.Module):
+    """A user's own model: two storage layers and one that reconstructs from both."""
+
+    def __init__(self, heads=4, kv_heads=2, head_dim=D, interleaved=False, window=0):
+        super().__init__()
+        shape, rest = (32, heads, kv_heads, head_dim), dict(interleaved=interleaved)
+        plan = LayerPlan((0, 1), (0, 1), "channel", "channel")
+        attentions = (
+            StorageAttention(*shape, layer=0, window=window, **rest),
+            StorageAttention(*shape, layer=1, window=window, **rest),
+            ReconstructionAttention(*shape, plan=plan, **rest),
+        )
+        self.layers = nn.ModuleList(DecoderLayer(attention, 32, 48) for attention in attentions)
+        nn.init.normal_(attentions[2].fusion.key)
+        nn.init.normal_(attentions[2].fusion.value)
+
+    def forward(self, x, cos_sin):
+        sources = {}
+        for i, layer in enumerate(self.layers):
+            x, own = layer(x, cos_sin, sources)
+            if own is not None:
+                sources[i] = own
+        return x
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_modules_alone_learn_and_agree_with_the_cache(device, interleaved, kv_heads):
+    d, dtype = (64, torch.bfloat16) if device == "cuda" else (D, torch.float64)
+    exact = TwoLayers(4, kv_heads, d, interleaved, window=5)
+    made = TwoLayers(4, kv_heads, d, interleaved, window=5).to(device, dtype)
+    exact.double().load_state_dict({name: x.cpu().double() for name, x in made.state_dict().items()})
+    made.load_state_dict(exact.state_dict())
+    cos_sin = rope_table(d, 64).to(device)
+    table = cos_sin if device == "cuda" else cos_sin.double()
+    x = torch.randn(1, 11, 32, device=device, dtype=dtype)
+
+    made(x, table).square().sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in made.parameters())
+
+    plan = tiny.CrossLayerPlan("own", (LayerPlan((0,), (0,)), LayerPlan((1,), (1,))))
+    shape = dict(num_layers=2, num_kv_heads=kv_heads, head_dim=d)
+    cache = PagedKVCache(tiny.config(plan, **shape), 4, page_size=4, dtype=dtype, device=device)
+    tiny.poison(cache)
+    rows = cache.add([11])
+    with torch.no_grad():
+        h = x[0, :9]
+        step = cache.prefill_chunk(rows, [9])
+        for layer in made.layers:
+            h = layer.cached(h, table, step)
+        cache.advance(rows, [9])
+        outputs = [h]
+        for t in (9, 10):
+            h = x[0, t : t + 1]
+            step = cache.decode_step(torch.tensor(rows, device=device))
+            for layer in made.layers:
+                h = layer.cached(h, table, step)
+            cache.advance(rows, [1])
+            outputs.append(h)
+        whole = exact(x.cpu().double(), cos_sin.cpu().double())
+        assert_close_2x(torch.cat(outputs), whole[0], made(x, table)[0], absolute=1e-12)
+
+
+def test_attention_refuses_bad_head_counts():
+    with pytest.raises(ValueError, match=r"StorageAttention: num_heads: expected a multiple .* 3, got 4"):
+        StorageAttention(32, 4, 3, D)
+    with pytest.raises(ValueError, match=r"ReconstructionAttention: head_dim: .*even number, got 7"):
+        ReconstructionAttention(32, 4, 2, 7, LayerPlan((0,), (0,)))
