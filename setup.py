@@ -48,6 +48,9 @@ def why_no_kernels() -> str | None:
         return f"the CUDA toolkit is {version[0]}, 12.8 or later is needed"
     if toolkit[0] != int(torch.version.cuda.split(".")[0]):
         return f"the CUDA toolkit is {version[0]}, but torch was built with CUDA {torch.version.cuda}"
+    chosen = "TORCH_CUDA_ARCH_LIST" in os.environ
+    if not chosen and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return "the GPU's compute capability is below 8.0"
     if shutil.which("cmake") is None:
         return "cmake was not found: pip install cmake ninja"
     return None
@@ -86,10 +89,12 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import torch
 
-        # One folder an interpreter and torch, so that CMake's cache never mixes two of them.
-        folder = ROOT / "build" / f"{sys.implementation.cache_tag}-torch-{torch.__version__}"
+        # One folder an interpreter, torch and generator, so that CMake's cache never mixes two of them.
+        ninja = shutil.which("ninja") is not None
+        name = f"{sys.implementation.cache_tag}-torch-{torch.__version__}-{'ninja' if ninja else 'make'}"
+        folder = ROOT / "build" / name
         options = [f"-D{k}={v}" for k, v in cmake_options(self.distribution.get_version()).items()]
-        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        generator = ["-G", "Ninja"] if ninja else []
         subprocess.check_call(["cmake", "--log-level=NOTICE", "-S", ROOT, "-B", folder, *generator, *options])
         jobs = str(parallel_jobs())
         subprocess.check_call(["cmake", "--build", folder, "--target", "_C", "--parallel", jobs])
@@ -108,8 +113,9 @@ if reason:
     if os.environ.get("FUSEDKV_FORCE_CUDA") == "1":
         sys.exit(f"FUSEDKV_FORCE_CUDA=1, but the CUDA kernels cannot be compiled: {reason}")
     print(f"fusedkv_ext: the ops will run on their CPU implementations: {reason}", file=sys.stderr)
-    for stale in PACKAGE.glob(f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"):
-        stale.unlink()  # compiled for a torch that has been replaced by this one
+    if "--inplace" in sys.argv:  # else the torch of this run may be that of an isolated build only
+        for stale in PACKAGE.glob(f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"):
+            stale.unlink()  # compiled for a torch that has been replaced by this one
 
 setup(
     ext_modules=[] if reason else [Extension("fusedkv_ext._C", sources=[])],

@@ -20,9 +20,9 @@ struct Shape {
   bool weighted;
   std::vector<int> lengths;
 
-  int64_t tokens() const {
+  int64_t tokens() const {  // that are read
     int64_t sum = 0;
-    for (int n : lengths) sum += n;
+    for (int n : lengths) sum += window > 0 ? std::min(n, window + queries - 1) : n;
     return sum;
   }
 };
@@ -201,7 +201,7 @@ bool verify() {
 
 Row measure(const Shape& shape, const std::string& name, int repeats, double read_gb_s) {
   const double bytes = 2.0 * shape.sources * shape.tokens() * shape.hkv * shape.d * 2;
-  const int sets = std::max(2, static_cast<int>(std::min(size_t(64), size_t(4 * l2_bytes() / bytes) + 1)));
+  const int sets = cold_sets(static_cast<size_t>(bytes));
   std::vector<Problem<__nv_bfloat16>> problems;
   for (int i = 0; i < sets; ++i) problems.emplace_back(shape, 1000 * i);
   for (const auto& problem : problems) CUDA_CHECK(run_attention_schedule(problem.split(), nullptr));

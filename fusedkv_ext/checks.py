@@ -15,6 +15,8 @@ HALF = (torch.float16, torch.bfloat16)
 FLOATS = (*HALF, torch.float32, torch.float64)
 CACHE_DTYPES = (*FLOATS, torch.float8_e4m3fn)
 INDEX = (torch.int32, torch.int64)
+BLOCK_TOKENS = 64  # tokens of one work unit of fused_attention
+BLOCK_ROWS = 64  # query rows (heads of a group x query tokens) that one work unit serves
 
 
 def expect(condition: bool, op: str, argument: str, expected: str, got: object) -> None:
@@ -51,7 +53,14 @@ class Checker:
     def head_dim(self, d: int) -> None:
         self.expect(d > 0 and d % 2 == 0, "head_dim", "a positive even number", d)
 
+    def contiguous(self, name: str, x: Tensor) -> None:
+        self.expect(x.is_contiguous(), name, "a contiguous tensor", f"strides {x.stride()}")
+
+    def window(self, window: int) -> None:
+        self.expect(0 <= window < 2**31, "window", "0 (none) to 2^31 - 1", window)
+
     def cache(self, name: str, cache: Tensor, heads: int, d: int, like: Tensor, other: Tensor) -> None:
+        self.expect(other.dim() == 4, name, "4 dimensions", other.dim())
         dtypes = (like.dtype,) if like.dtype == torch.float8_e4m3fn else (like.dtype, torch.float8_e4m3fn)
         self.tensor(name, cache, dtypes, (other.shape[0], other.shape[1], heads, d))
         self.expect(cache.dtype == other.dtype, name, f"dtype {_name(other.dtype)}", _name(cache.dtype))
@@ -59,6 +68,7 @@ class Checker:
     def scale(self, name: str, scale: Tensor | None, heads: int, d: int) -> None:
         if scale is not None:
             self.tensor(name, scale, (torch.float32,), (heads, d))
+            self.contiguous(name, scale)
 
     def rope(
         self,
@@ -72,6 +82,7 @@ class Checker:
         self.tensor("positions", positions, INDEX, (tokens,))
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.tensor("cos_sin", cos_sin, (wide,), (None, None))
+        self.contiguous("cos_sin", cos_sin)
         d = cos_sin.shape[1]
         self.head_dim(d)
         self.expect(cos_sin.shape[0] > 0, "cos_sin", "at least one position", cos_sin.shape[0])
@@ -99,7 +110,7 @@ def _write_side(
     num_q = 0
     if q_out is not None:
         c.tensor("q_out", q_out, (dtype_like.dtype,), (tokens, None, d))
-        c.expect(q_out.is_contiguous(), "q_out", "a contiguous tensor", f"strides {q_out.stride()}")
+        c.contiguous("q_out", q_out)
         num_q = q_out.shape[1]
     num_kv = 0
     given = [x is not None for x in (k_cache, v_cache, slot_mapping)]
@@ -151,7 +162,7 @@ def _projection(c: Checker, x, weight, positions, cos_sin, norms, bias) -> tuple
     d = c.rope(tokens, positions, cos_sin, norms, x.dtype)
     c.expect(hidden > 0 and hidden % 8 == 0, "x", "a hidden size that is a multiple of 8", hidden)
     c.tensor("weight", weight, (x.dtype,), (None, hidden))
-    c.expect(weight.is_contiguous(), "weight", "a contiguous tensor", f"strides {weight.stride()}")
+    c.contiguous("weight", weight)
     rows = weight.shape[0]
     c.expect(rows > 0 and rows % d == 0, "weight", f"rows that are a multiple of the head dim {d}", rows)
     if bias is not None:
@@ -203,8 +214,7 @@ def _fuse_side(c: Checker, name: str, sources, weights, like: Tensor) -> None:
     c.tensor("key_weights" if name == "k" else "value_weights", weights, (wide,), (len(sources), heads, d))
 
 
-def fuse_kv(k_sources, v_sources, key_weights, value_weights) -> None:
-    op = "fuse_kv"
+def fuse_kv(k_sources, v_sources, key_weights, value_weights, op="fuse_kv") -> None:
     expect(len(k_sources) > 0, op, "k_sources", "1 to 8 tensors", 0)
     c = Checker(op, k_sources[0].device)
     c.expect(k_sources[0].dtype in FLOATS, "k_sources[0]", "a floating dtype", k_sources[0].dtype)
@@ -213,7 +223,7 @@ def fuse_kv(k_sources, v_sources, key_weights, value_weights) -> None:
 
 
 def fuse_kv_backward(grad_k, grad_v, k_sources, v_sources, key_weights, value_weights) -> None:
-    fuse_kv(k_sources, v_sources, key_weights, value_weights)
+    fuse_kv(k_sources, v_sources, key_weights, value_weights, op="fuse_kv_backward")
     c = Checker("fuse_kv_backward", k_sources[0].device)
     for name, grad in (("grad_k", grad_k), ("grad_v", grad_v)):
         c.tensor(name, grad, (k_sources[0].dtype,), tuple(k_sources[0].shape))
@@ -228,7 +238,10 @@ def attention_schedule(
     c.expect(1 <= num_query_tokens <= 16, "num_query_tokens", "1 to 16", num_query_tokens)
     divides = num_kv_heads > 0 and num_query_heads > 0 and num_query_heads % num_kv_heads == 0
     c.expect(divides, "num_query_heads", f"a multiple of num_kv_heads {num_kv_heads}", num_query_heads)
-    c.expect(window >= 0, "window", "0 (none) or more", window)
+    c.window(window)
+    fits = seq_lens.shape[0] * (max_seq_len // BLOCK_TOKENS + 1) < 2**31
+    blocks = "fewer than 2^31 blocks of 64 tokens in the batch"
+    c.expect(fits, "max_seq_len", blocks, f"{seq_lens.shape[0]} sequences of {max_seq_len} tokens")
 
 
 def fused_attention(
@@ -252,11 +265,12 @@ def fused_attention(
             wide = torch.float64 if q.dtype == torch.float64 else torch.float32
             argument = "key_weights" if name == "k" else "value_weights"
             c.tensor(argument, weights, (wide,), (len(sources), heads, d))
-    divides = heads > 0 and num_q_heads % heads == 0
+            c.contiguous(argument, weights)
+    divides = heads > 0 and num_q_heads > 0 and num_q_heads % heads == 0
     c.expect(divides, "q", f"query heads that are a multiple of {heads} key/value heads", num_q_heads)
     c.tensor("block_table", block_table, (torch.int32,), (batch, None))
     c.tensor("seq_lens", seq_lens, (torch.int32,), (batch,))
     rows = num_q_heads // heads * num_tokens
-    entries = batch + 1 + batch * heads * -(-rows // 64)
+    entries = batch + 1 + batch * heads * -(-rows // BLOCK_ROWS)
     c.tensor("schedule", schedule, (torch.int32,), (entries,))
-    c.expect(window >= 0, "window", "0 (none) or more", window)
+    c.window(window)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from fusedkv_ext import checks, reference
+from fusedkv_ext.checks import BLOCK_ROWS
 
 SCHEMAS = (
     "write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping,"
@@ -53,8 +54,8 @@ def _fake_fuse_kv_backward(grad_k, grad_v, k_sources, v_sources, key_weights, va
     return (
         [s.new_empty(s.shape) for s in k_sources],
         [s.new_empty(s.shape) for s in v_sources],
-        torch.empty_like(key_weights),
-        torch.empty_like(value_weights),
+        key_weights.new_empty(key_weights.shape),
+        value_weights.new_empty(value_weights.shape),
     )
 
 
@@ -63,7 +64,7 @@ def _fake_attention_schedule(
 ):
     checks.attention_schedule(seq_lens, max_seq_len, num_query_tokens, num_query_heads, num_kv_heads, window)
     rows = num_query_heads // num_kv_heads * num_query_tokens
-    counters = seq_lens.shape[0] * num_kv_heads * -(-rows // reference.BLOCK_ROWS)
+    counters = seq_lens.shape[0] * num_kv_heads * -(-rows // BLOCK_ROWS)
     return seq_lens.new_empty(seq_lens.shape[0] + 1 + counters)
 
 

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-BLOCK_TOKENS = 64  # tokens of one work unit of fused_attention
-BLOCK_ROWS = 64  # query rows (heads of a group x query tokens) that one work unit serves
+from fusedkv_ext.checks import BLOCK_ROWS, BLOCK_TOKENS
 
 
 def _wide(x: Tensor) -> Tensor:

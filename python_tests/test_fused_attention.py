@@ -394,6 +394,30 @@ def test_bad_schedule(device):
         ops.attention_schedule(case.seq_lens, 512, 17, 8, 2)
 
 
+def test_wrong_schedule_stays_inside(device):
+    """A schedule with any contents gives wrong results and no more."""
+    case = make_case(device, lengths=(300, 70, 5))
+    right = run(case)
+    schedule = ops.attention_schedule(case.seq_lens, 10**4, 1, 8, 2)
+    for counts in ([7, 7, 7, 7], [50, 60, 61, 62], [0, 9, 3, 12], [-4, -2, 5, 6]):
+        schedule[:4] = torch.tensor(counts, dtype=torch.int32)
+        ops.fused_attention(*case.args(), schedule=schedule)
+    assert torch.equal(run(case), right)
+
+
+def test_window_beyond_any_length(device):
+    case = make_case(device, lengths=(1, 2, 70), num_q=4)
+    expected = run(case)
+    case.window = 2**31 - 1
+    assert torch.equal(run(case), expected)
+
+
+def test_too_many_blocks(device):
+    lengths = torch.zeros(129, dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match=r"max_seq_len: expected fewer than 2\^31 blocks of 64 tokens"):
+        ops.attention_schedule(lengths, 2**31 - 1, 1, 2, 2)
+
+
 def test_bad_rank_without_a_schedule(device):
     case = make_case(device, lengths=(5, 70))
     case.q = case.q[0]

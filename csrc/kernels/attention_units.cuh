@@ -42,14 +42,15 @@ __device__ __forceinline__ int swizzled(int row, int chunk) {
   return row * D * 2 + ((chunk ^ (row & 7)) << 4);
 }
 
-// A place in the order of work units.
+// A place in the order of work units. Like every number in device memory the schedule is not trusted: with
+// any contents the place stays inside the batch, so that a wrong schedule gives wrong results and no more.
 struct UnitCursor {
   int seq, head_row, block;         // head_row = head * row_blocks + row block
   int blocks, length, first_block;  // of the sequence
 
   __device__ void enter_sequence(const FusedAttentionParams& p) {
     const int64_t capacity = int64_t(p.max_pages) * p.cache.page_size;
-    blocks = p.schedule[seq + 1] - p.schedule[seq];
+    blocks = max(1, p.schedule[seq + 1] - p.schedule[seq]);
     length = static_cast<int>(max(int64_t(0), min(int64_t(p.seq_lens[seq]), capacity)));
     first_block = first_visible(length, p.num_query_tokens, p.window) / kBlockTokens;
   }
@@ -64,8 +65,8 @@ struct UnitCursor {
     }
     enter_sequence(p);
     const int64_t inside = unit - int64_t(p.schedule[seq]) * head_rows;
-    head_row = static_cast<int>(inside / blocks);
-    block = static_cast<int>(inside % blocks);
+    head_row = static_cast<int>(max(int64_t(0), min(inside / blocks, int64_t(head_rows) - 1)));
+    block = static_cast<int>(max(int64_t(0), inside % blocks));
   }
 
   __device__ void advance(const FusedAttentionParams& p, int head_rows) {
@@ -73,7 +74,7 @@ struct UnitCursor {
     block = 0;
     if (++head_row < head_rows) return;
     head_row = 0;
-    ++seq;
+    seq = min(seq + 1, p.batch - 1);
     enter_sequence(p);
   }
 };

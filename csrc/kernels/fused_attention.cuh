@@ -72,7 +72,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
 
     const bool ends = at.block + 1 == at.blocks;
     if (ends || unit + 1 == end) {
-      const int64_t item_begin = unit - at.block, item_end = item_begin + at.blocks;
+      const int64_t item_begin = max(int64_t(0), unit - at.block);
+      const int64_t item_end = min(split.total, unit - at.block + at.blocks);
       const bool whole = item_begin >= begin && item_end <= end;
       __syncthreads();  // all teams have left the stage that finish() uses as scratch
       state.finish(p, at, row_blocks, control, stage);

@@ -9,7 +9,9 @@
 
 namespace fusedkv {
 
-constexpr int kMaxSources = 8;  // sources that fuse_kv mixes; fused_attention takes 1 or 2
+constexpr int kMaxSources = 8;    // sources that fuse_kv mixes; fused_attention takes 1 or 2
+constexpr int kBlockTokens = 64;  // tokens of one work unit of fused_attention
+constexpr int kBlockRows = 64;    // query rows (heads of a group x query tokens) that one work unit serves
 
 enum class DType { kF16, kBF16, kE4M3 };
 

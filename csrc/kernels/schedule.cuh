@@ -14,15 +14,12 @@
 
 namespace fusedkv {
 
-constexpr int kBlockTokens = 64;
-constexpr int kBlockRows = 64;
-
 __host__ __device__ inline int ceil_div(int a, int b) { return a / b + (a % b != 0); }
 
 // The first position that some query token of the sequence sees.
 __host__ __device__ inline int first_visible(int length, int num_query_tokens, int window) {
-  const int first = length - num_query_tokens - window + 1;
-  return window > 0 && first > 0 ? first : 0;
+  const int end = length - num_query_tokens + 1;  // subtracting the window first could overflow
+  return window > 0 && end > window ? end - window : 0;
 }
 
 // Row blocks of one key/value head.

@@ -16,16 +16,12 @@ constexpr int kWriteTokens = 2;  // with 1024 resident threads an SM has 64 KB o
 // One column of one cache side: what the tokens share.
 template <class T, class C, bool kScaled>
 struct WriteColumn {
-  Vec8 factor;  // 1 / scale
+  Vec8 scale;
 
-  __device__ __forceinline__ explicit WriteColumn(const float* scale) {
+  __device__ __forceinline__ explicit WriteColumn(const float* scales) {
     if constexpr (kScaled) {
-      factor = {{1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f}};
-      if (scale != nullptr) {
-        factor = Vec8::load(scale);
-#pragma unroll
-        for (float& f : factor.x) f = 1.0f / f;
-      }
+      scale = {{1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f}};
+      if (scales != nullptr) scale = Vec8::load(scales);
     }
   }
 
@@ -36,7 +32,7 @@ struct WriteColumn {
       Vec8 v = Vec8::load(reinterpret_cast<const T*>(&raw));
       if constexpr (kScaled) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) v.x[i] *= factor.x[i];
+        for (int i = 0; i < 8; ++i) v.x[i] /= scale.x[i];
       }
       v.store(to);
     }
@@ -65,16 +61,13 @@ __global__ void __launch_bounds__(kRowThreads, 3) write_kv_kernel(const __grid_c
       v_raw[i] = *reinterpret_cast<const uint4*>(v + token * p.v_token_stride);
     }
   }
-  const bool has_k_scale = kScaled && p.k_scale != nullptr, has_v_scale = kScaled && p.v_scale != nullptr;
-  const WriteColumn<T, C, kScaled> k_column(has_k_scale ? p.k_scale + column * 8 : nullptr);
-  const WriteColumn<T, C, kScaled> v_column(has_v_scale ? p.v_scale + column * 8 : nullptr);
+  const WriteColumn<T, C, kScaled> k_column(p.k_scale != nullptr ? p.k_scale + column * 8 : nullptr);
+  const WriteColumn<T, C, kScaled> v_column(p.v_scale != nullptr ? p.v_scale + column * 8 : nullptr);
 #pragma unroll
   for (int i = 0; i < kWriteTokens; ++i) {
     if (!index_is_inside(slot[i], num_slots)) continue;
-    const int64_t page = slot[i] / p.cache.page_size, offset = slot[i] % p.cache.page_size;
     const auto to = [&](const PagedCache& c) {
-      return static_cast<C*>(c.data) + page * c.page_stride + offset * c.token_stride + head * c.head_stride +
-             channel;
+      return static_cast<C*>(c.data) + slot_offset(c, p.cache.page_size, slot[i], head) + channel;
     };
     k_column.store(k_raw[i], to(p.k_cache));
     v_column.store(v_raw[i], to(p.v_cache));

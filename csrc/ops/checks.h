@@ -13,6 +13,7 @@
 #include <string>
 
 #include "kernels/params.h"
+#include "ops/layout.h"
 #include "ops/ops.h"
 
 namespace fusedkv::ops {
@@ -107,13 +108,16 @@ class Checker {
   // What 16-byte loads need: an aligned start, and strides that keep every row aligned.
   void aligned(Argument name, const at::Tensor& x) const {
     if (x.numel() == 0) return;
-    const auto address = reinterpret_cast<uintptr_t>(x.data_ptr());
+    const auto address = reinterpret_cast<uintptr_t>(x.const_data_ptr());
     FUSEDKV_EXPECT(op, address % 16 == 0, name, "a start aligned to 16 bytes", address % 16);
-    for (int64_t i = 0; i + 1 < x.dim(); ++i) {
-      const bool multiple = x.size(i) == 1 || x.stride(i) * x.element_size() % 16 == 0;
-      FUSEDKV_EXPECT(op, multiple, name, "strides that are multiples of 16 bytes",
-                     c10::str("strides ", x.strides(), " of ", x.element_size(), " byte elements"));
-    }
+    FUSEDKV_EXPECT(op, is_aligned(x), name, "strides that are multiples of 16 bytes",
+                   c10::str("strides ", x.strides(), " of ", x.element_size(), " byte elements"));
+  }
+
+  // Channels of a token that the kernels' 32-bit arithmetic takes.
+  void channels(int64_t heads, int64_t d) const {
+    FUSEDKV_EXPECT(op, heads <= (int64_t{1} << 27) / d, "heads", "at most 2^27 channels a token",
+                   c10::str(heads, " heads of ", d));
   }
 
   void head_dim(int64_t d) const {
@@ -215,7 +219,7 @@ inline DType kernel_dtype(const at::Tensor& x) {
 inline int64_t schedule_entries(int64_t batch, int64_t num_query_tokens, int64_t num_q_heads,
                                 int64_t num_kv_heads) {
   const int64_t rows = num_q_heads / num_kv_heads * num_query_tokens;
-  return batch + 1 + batch * num_kv_heads * ((rows + 63) / 64);
+  return batch + 1 + batch * num_kv_heads * ((rows + kBlockRows - 1) / kBlockRows);
 }
 
 inline PagedCache paged_cache(const at::Tensor& cache) {

@@ -4,7 +4,6 @@
 
 #include "kernels/launch.h"
 #include "ops/checks.h"
-#include "ops/layout.h"
 #include "ops/ops.h"
 
 namespace fusedkv::ops {
@@ -70,6 +69,7 @@ void check_inputs(const Checker& check, at::TensorList k_sources, at::TensorList
   const int64_t d = like.size(-1);
   FUSEDKV_EXPECT(check.op, d > 0 && d % 8 == 0, "k_sources[0]", "a head dim that is a multiple of 8 on CUDA",
                  d);
+  check.channels(like.size(-2), d);
   check_side(check, true, k_sources, key_weights, like);
   check_side(check, false, v_sources, value_weights, like);
 }

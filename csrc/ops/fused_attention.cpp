@@ -14,7 +14,6 @@ at::Tensor fused_attention(const at::Tensor& q, at::TensorList k_sources, at::Te
                            const at::Tensor& schedule, double scale, int64_t window) {
   const Checker check("fused_attention", q);
   check.tensor("q", q, kHalf, {kAny, kAny, kAny, kAny});
-  check.aligned("q", q);
   const int64_t batch = q.size(0), num_tokens = q.size(1), num_q_heads = q.size(2), d = q.size(3);
   check.head_dim(d);
   FUSEDKV_EXPECT(check.op, num_tokens >= 1 && num_tokens <= 16, "q", "1 to 16 query tokens a sequence",
@@ -56,6 +55,7 @@ at::Tensor fused_attention(const at::Tensor& q, at::TensorList k_sources, at::Te
   const c10::cuda::CUDAGuard guard(q.device());
   at::Tensor out = at::empty(q.sizes(), q.options());
   if (batch == 0) return out;
+  const at::Tensor queries = aligned_or_copy(q);
   FusedAttentionParams params{
       .dtype = kernel_dtype(q),
       .cache_dtype = kernel_dtype(first),
@@ -64,10 +64,10 @@ at::Tensor fused_attention(const at::Tensor& q, at::TensorList k_sources, at::Te
       .num_q_heads = static_cast<int>(num_q_heads),
       .num_kv_heads = static_cast<int>(num_kv_heads),
       .head_dim = static_cast<int>(d),
-      .q = q.const_data_ptr(),
-      .q_batch_stride = q.stride(0),
-      .q_token_stride = q.stride(1),
-      .q_head_stride = q.stride(2),
+      .q = queries.const_data_ptr(),
+      .q_batch_stride = queries.stride(0),
+      .q_token_stride = queries.stride(1),
+      .q_head_stride = queries.stride(2),
       .out = out.mutable_data_ptr(),
       .num_k_sources = static_cast<int>(k_sources.size()),
       .num_v_sources = static_cast<int>(v_sources.size()),

@@ -8,16 +8,18 @@ namespace fusedkv::ops {
 
 inline at::Tensor packed_copy(const at::Tensor& x) { return x.clone(at::MemoryFormat::Contiguous); }
 
-// x itself where 16-byte loads of its last dimension are aligned, else a contiguous copy.
-inline at::Tensor aligned_or_copy(const at::Tensor& x) {
-  if (x.numel() == 0) return x;
+// Whether 16-byte loads of the last dimension are aligned everywhere.
+inline bool is_aligned(const at::Tensor& x) {
+  if (x.numel() == 0) return true;
   bool aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
   aligned &= x.size(-1) == 1 || x.stride(-1) == 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) {
     aligned &= x.size(i) == 1 || x.stride(i) * x.element_size() % 16 == 0;
   }
-  return aligned ? x : packed_copy(x);
+  return aligned;
 }
+
+inline at::Tensor aligned_or_copy(const at::Tensor& x) { return is_aligned(x) ? x : packed_copy(x); }
 
 // A tensor [..., Hkv, D] as [rows, Hkv, D] with heads and channels contiguous.
 struct Rows {

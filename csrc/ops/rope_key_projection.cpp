@@ -53,9 +53,6 @@ RopeKeyProjectionParams input_params(const at::Tensor& x, const at::Tensor& weig
   return params;
 }
 
-// The kernel reads 16 bytes at a time; rows of a view may start anywhere.
-at::Tensor with_aligned_rows(const at::Tensor& x) { return x.stride(0) % 8 == 0 ? x : x.contiguous(); }
-
 }  // namespace
 
 at::Tensor rope_key_projection(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& positions,
@@ -66,8 +63,7 @@ at::Tensor rope_key_projection(const at::Tensor& x, const at::Tensor& weight, co
   check.norm("norm", norm, d, x.scalar_type());
 
   const c10::cuda::CUDAGuard guard(x.device());
-  const at::Tensor rows = with_aligned_rows(x);
-  check.aligned("x", rows);
+  const at::Tensor rows = aligned_or_copy(x);
   at::Tensor out = at::empty({x.size(0), weight.size(0) / d, d}, x.options());
   RopeKeyProjectionParams params = input_params(rows, weight, positions, cos_sin, eps, bias, interleaved);
   params.num_q_heads = static_cast<int>(out.size(1));
@@ -92,8 +88,7 @@ void rope_key_projection_write(const at::Tensor& x, const at::Tensor& weight, co
                            slot_mapping, k_scale, v_scale);
 
   const c10::cuda::CUDAGuard guard(x.device());
-  const at::Tensor rows = with_aligned_rows(x);
-  check.aligned("x", rows);
+  const at::Tensor rows = aligned_or_copy(x);
   RopeKeyProjectionParams params = input_params(rows, weight, positions, cos_sin, eps, bias, interleaved);
   params.cache_dtype = kernel_dtype(k_cache);
   params.num_q_heads = q_out ? static_cast<int>(q_out->size(1)) : 0;

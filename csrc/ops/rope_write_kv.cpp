@@ -21,11 +21,11 @@ void rope_write_kv(const at::Tensor& qkv, const OptionalTensor& q_out, const Opt
   FUSEDKV_EXPECT(check.op, qkv.size(2) == d, "qkv", c10::str("shape [*, *, ", d, "]"), qkv.sizes());
   FUSEDKV_EXPECT(check.op, qkv.numel() == 0 || qkv.stride(1) == d, "qkv", "heads packed without gaps",
                  c10::str("strides ", qkv.strides()));
-  check.aligned("qkv", qkv);
   check.projection_outputs("qkv", num_heads, tokens, d, qkv, q_out, k_cache, v_cache, slot_mapping, k_scale,
                            v_scale);
 
   const c10::cuda::CUDAGuard guard(qkv.device());
+  const at::Tensor heads = aligned_or_copy(qkv);
   const RopeWriteKvParams params{
       .dtype = kernel_dtype(qkv),
       .cache_dtype = kernel_dtype(k_cache.value_or(qkv)),
@@ -33,8 +33,8 @@ void rope_write_kv(const at::Tensor& qkv, const OptionalTensor& q_out, const Opt
       .num_q_heads = q_out ? static_cast<int>(q_out->size(1)) : 0,
       .num_kv_heads = k_cache ? static_cast<int>(k_cache->size(2)) : 0,
       .head_dim = static_cast<int>(d),
-      .qkv = qkv.const_data_ptr(),
-      .qkv_token_stride = qkv.stride(0),
+      .qkv = heads.const_data_ptr(),
+      .qkv_token_stride = heads.stride(0),
       .q_out = q_out ? q_out->mutable_data_ptr() : nullptr,
       .k_cache = k_cache ? paged_cache(*k_cache) : PagedCache{},
       .v_cache = v_cache ? paged_cache(*v_cache) : PagedCache{},

@@ -3,7 +3,6 @@
 
 #include "kernels/launch.h"
 #include "ops/checks.h"
-#include "ops/layout.h"
 #include "ops/ops.h"
 
 namespace fusedkv::ops {
@@ -14,6 +13,7 @@ void write_kv(const at::Tensor& k, const at::Tensor& v, const at::Tensor& k_cach
   check.tensor("k", k, kHalf, {kAny, kAny, kAny});
   const int64_t tokens = k.size(0), heads = k.size(1), d = k.size(2);
   FUSEDKV_EXPECT(check.op, d > 0 && d % 8 == 0, "k", "a head dim that is a multiple of 8 on CUDA", d);
+  check.channels(heads, d);
   check.tensor("v", v, k.scalar_type(), {tokens, heads, d});
   check.cache("k_cache", k_cache, heads, d, k, k_cache);
   check.cache("v_cache", v_cache, heads, d, k, k_cache);
