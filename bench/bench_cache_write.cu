@@ -112,37 +112,6 @@ struct RopeCase {
   bool normed, interleaved, scaled;
 };
 
-// RMSNorm (with weights, unless null) and rotation of one head, in double.
-std::vector<double> rotate_head(const std::vector<double>& x, const std::vector<double>* norm, double eps,
-                                const float* cos_sin, bool interleaved) {
-  const int d = static_cast<int>(x.size());
-  double squares = 0.0;
-  for (const double value : x) squares += value * value;
-  std::vector<double> y = x, out(d);
-  if (norm != nullptr) {
-    for (int i = 0; i < d; ++i) y[i] *= (*norm)[i] / std::sqrt(squares / d + eps);
-  }
-  for (int j = 0; j < d / 2; ++j) {
-    const int a = interleaved ? 2 * j : j, b = interleaved ? 2 * j + 1 : j + d / 2;
-    const double c = cos_sin[j], s = cos_sin[d / 2 + j];
-    out[a] = y[a] * c - y[b] * s;
-    out[b] = y[b] * c + y[a] * s;
-  }
-  return out;
-}
-
-std::vector<float> rope_table(int64_t positions, int d) {
-  std::vector<float> table(positions * d);
-  for (int64_t p = 0; p < positions; ++p) {
-    for (int j = 0; j < d / 2; ++j) {
-      const double angle = p * std::pow(10000.0, -2.0 * j / d);
-      table[p * d + j] = static_cast<float>(std::cos(angle));
-      table[p * d + d / 2 + j] = static_cast<float>(std::sin(angle));
-    }
-  }
-  return table;
-}
-
 template <class T, class C>
 bool verify_rope_write_kv(const RopeCase& c) {
   constexpr int64_t kPositions = 97;
@@ -164,28 +133,31 @@ bool verify_rope_write_kv(const RopeCase& c) {
   const Array<T> q_out(c.tokens * c.q_heads * d);
   const RopeWriteKvParams params{
       .dtype = dtype_of<T>(),
-      .cache_dtype = dtype_of<C>(),
       .num_tokens = c.tokens,
-      .num_q_heads = c.q_heads,
-      .num_kv_heads = c.kv_heads,
-      .head_dim = d,
       .qkv = qkv.data(),
       .qkv_token_stride = stride,
-      .q_out = c.q_heads > 0 ? q_out.data() : nullptr,
-      .k_cache = pool.view(0),
-      .v_cache = pool.view(1),
-      .cache = pool.geometry,
-      .slot_mapping = slots.data(),
-      .positions = positions.data(),
-      .positions_are_int64 = false,
-      .cos_sin = cos_sin.data(),
-      .max_positions = kPositions,
-      .q_norm = c.normed ? q_norm.data() : nullptr,
-      .k_norm = c.normed ? k_norm.data() : nullptr,
-      .eps = kEps,
-      .interleaved = c.interleaved,
-      .k_scale = nullptr,
-      .v_scale = c.scaled ? v_scale.data() : nullptr,
+      .heads =
+          {
+              .cache_dtype = dtype_of<C>(),
+              .num_q_heads = c.q_heads,
+              .num_kv_heads = c.kv_heads,
+              .head_dim = d,
+              .q_out = c.q_heads > 0 ? q_out.data() : nullptr,
+              .k_cache = pool.view(0),
+              .v_cache = pool.view(1),
+              .cache = pool.geometry,
+              .slot_mapping = slots.data(),
+              .positions = positions.data(),
+              .positions_are_int64 = false,
+              .cos_sin = cos_sin.data(),
+              .max_positions = kPositions,
+              .q_norm = c.normed ? q_norm.data() : nullptr,
+              .k_norm = c.normed ? k_norm.data() : nullptr,
+              .eps = kEps,
+              .interleaved = c.interleaved,
+              .k_scale = nullptr,
+              .v_scale = c.scaled ? v_scale.data() : nullptr,
+          },
   };
   CUDA_CHECK(run_rope_write_kv(params, nullptr));
   CUDA_CHECK(cudaDeviceSynchronize());
@@ -317,28 +289,31 @@ void time_tokens(const Args& args, int64_t tokens, const Ceilings& ceilings, std
   const Timing rope = time_launches(sets, args.repeats(), [&](int set, cudaStream_t stream) {
     const RopeWriteKvParams params{
         .dtype = DType::kBF16,
-        .cache_dtype = dtype_of<C>(),
         .num_tokens = tokens,
-        .num_q_heads = q_heads,
-        .num_kv_heads = heads,
-        .head_dim = d,
         .qkv = qkv.data() + set * tokens * packed,
         .qkv_token_stride = packed,
-        .q_out = q_out.data() + set * tokens * q_heads * d,
-        .k_cache = cache(k_cache, set),
-        .v_cache = cache(v_cache, set),
-        .cache = {pages, page_size},
-        .slot_mapping = slots.data() + set * tokens,
-        .positions = positions.data(),
-        .positions_are_int64 = false,
-        .cos_sin = cos_sin.data(),
-        .max_positions = tokens,
-        .q_norm = norm.data(),
-        .k_norm = norm.data(),
-        .eps = 1e-6f,
-        .interleaved = false,
-        .k_scale = nullptr,
-        .v_scale = nullptr,
+        .heads =
+            {
+                .cache_dtype = dtype_of<C>(),
+                .num_q_heads = q_heads,
+                .num_kv_heads = heads,
+                .head_dim = d,
+                .q_out = q_out.data() + set * tokens * q_heads * d,
+                .k_cache = cache(k_cache, set),
+                .v_cache = cache(v_cache, set),
+                .cache = {pages, page_size},
+                .slot_mapping = slots.data() + set * tokens,
+                .positions = positions.data(),
+                .positions_are_int64 = false,
+                .cos_sin = cos_sin.data(),
+                .max_positions = tokens,
+                .q_norm = norm.data(),
+                .k_norm = norm.data(),
+                .eps = 1e-6f,
+                .interleaved = false,
+                .k_scale = nullptr,
+                .v_scale = nullptr,
+            },
     };
     return run_rope_write_kv(params, stream);
   });

@@ -238,6 +238,38 @@ bool identical(const std::string& what, const std::vector<T>& actual, const std:
   return false;
 }
 
+// RMSNorm (with weights, unless null) and rotation of one head, in double.
+inline std::vector<double> rotate_head(const std::vector<double>& x, const std::vector<double>* norm,
+                                       double eps, const float* cos_sin, bool interleaved) {
+  const int d = static_cast<int>(x.size());
+  double squares = 0.0;
+  for (const double value : x) squares += value * value;
+  std::vector<double> y = x, out(d);
+  if (norm != nullptr) {
+    for (int i = 0; i < d; ++i) y[i] *= (*norm)[i] / std::sqrt(squares / d + eps);
+  }
+  for (int j = 0; j < d / 2; ++j) {
+    const int a = interleaved ? 2 * j : j, b = interleaved ? 2 * j + 1 : j + d / 2;
+    const double c = cos_sin[j], s = cos_sin[d / 2 + j];
+    out[a] = y[a] * c - y[b] * s;
+    out[b] = y[b] * c + y[a] * s;
+  }
+  return out;
+}
+
+// cos_sin for theta 10000.
+inline std::vector<float> rope_table(int64_t positions, int d) {
+  std::vector<float> table(positions * d);
+  for (int64_t p = 0; p < positions; ++p) {
+    for (int j = 0; j < d / 2; ++j) {
+      const double angle = p * std::pow(10000.0, -2.0 * j / d);
+      table[p * d + j] = static_cast<float>(std::cos(angle));
+      table[p * d + d / 2 + j] = static_cast<float>(std::sin(angle));
+    }
+  }
+  return table;
+}
+
 // ------------------------------------------------------------------------------------------------- timing
 
 struct Timing {

@@ -40,19 +40,6 @@ std::vector<int64_t> reversed_positions(const Case& c) {
   return positions;
 }
 
-std::vector<float> cos_sin_table(const Case& c) {
-  const int half = c.head_dim / 2;
-  std::vector<float> table(c.max_positions() * c.head_dim);
-  for (int64_t position = 0; position < c.max_positions(); ++position) {
-    for (int j = 0; j < half; ++j) {
-      const double angle = position * std::pow(1e4, -static_cast<double>(j) / half);
-      table[position * c.head_dim + j] = static_cast<float>(std::cos(angle));
-      table[position * c.head_dim + half + j] = static_cast<float>(std::sin(angle));
-    }
-  }
-  return table;
-}
-
 // From 0.001, with which e4m3 saturates, upwards.
 std::vector<float> scale_values(const Case& c) {
   std::vector<float> scale(c.scales ? c.num_kv_heads * c.head_dim : 0);
@@ -75,7 +62,7 @@ struct Problem {
         q_out(c.tokens * c.num_q_heads * c.head_dim),
         k_cache(c.cache_elements()),
         v_cache(c.cache_elements()),
-        cos_sin(cos_sin_table(c)),
+        cos_sin(rope_table(c.max_positions(), c.head_dim)),
         scale(scale_values(c)),
         positions64(position_values),
         positions32(std::vector<int>(position_values.begin(), position_values.end())),
@@ -86,31 +73,31 @@ struct Problem {
                              int64_t{c.num_kv_heads} * c.head_dim, c.head_dim};
     RopeKeyProjectionParams p{};
     p.dtype = dtype_of<T>();
-    p.cache_dtype = dtype_of<C>();
+    p.heads.cache_dtype = dtype_of<C>();
     p.num_tokens = c.tokens;
     p.hidden = c.hidden;
-    p.num_q_heads = c.num_q_heads;
-    p.num_kv_heads = c.num_kv_heads;
-    p.head_dim = c.head_dim;
+    p.heads.num_q_heads = c.num_q_heads;
+    p.heads.num_kv_heads = c.num_kv_heads;
+    p.heads.head_dim = c.head_dim;
     p.x = x.data();
     p.x_stride = c.hidden;
     p.weight = weight.data();
     p.bias = c.bias ? bias.data() : nullptr;
-    p.q_out = q_out.data();
-    p.k_cache = p.v_cache = strides;
-    p.k_cache.data = k_cache.data();
-    p.v_cache.data = v_cache.data();
-    p.cache = {c.num_pages(), c.page_size};
-    p.slot_mapping = slots.data();
-    p.positions = c.int64_positions ? static_cast<const void*>(positions64.data()) : positions32.data();
-    p.positions_are_int64 = c.int64_positions;
-    p.cos_sin = cos_sin.data();
-    p.max_positions = c.max_positions();
-    p.q_norm = c.norm ? q_norm.data() : nullptr;
-    p.k_norm = c.norm ? k_norm.data() : nullptr;
-    p.eps = 1e-6f;
-    p.interleaved = c.interleaved;
-    p.k_scale = p.v_scale = c.scales ? scale.data() : nullptr;
+    p.heads.q_out = q_out.data();
+    p.heads.k_cache = p.heads.v_cache = strides;
+    p.heads.k_cache.data = k_cache.data();
+    p.heads.v_cache.data = v_cache.data();
+    p.heads.cache = {c.num_pages(), c.page_size};
+    p.heads.slot_mapping = slots.data();
+    p.heads.positions = c.int64_positions ? static_cast<const void*>(positions64.data()) : positions32.data();
+    p.heads.positions_are_int64 = c.int64_positions;
+    p.heads.cos_sin = cos_sin.data();
+    p.heads.max_positions = c.max_positions();
+    p.heads.q_norm = c.norm ? q_norm.data() : nullptr;
+    p.heads.k_norm = c.norm ? k_norm.data() : nullptr;
+    p.heads.eps = 1e-6f;
+    p.heads.interleaved = c.interleaved;
+    p.heads.k_scale = p.heads.v_scale = c.scales ? scale.data() : nullptr;
     return p;
   }
 
@@ -135,7 +122,7 @@ struct Expected {
 template <class T, class C>
 Expected oracle(const Problem<T, C>& problem) {
   const Case& c = problem.c;
-  const int d = c.head_dim, half = d / 2;
+  const int d = c.head_dim;
   const auto x = problem.x.host(), weight = problem.weight.host(), bias = problem.bias.host();
   const auto q_norm = problem.q_norm.host(), k_norm = problem.k_norm.host();
   const auto cos_sin = problem.cos_sin.host(), scale = problem.scale.host();
@@ -147,29 +134,19 @@ Expected oracle(const Problem<T, C>& problem) {
     for (int head = 0; head < c.num_heads(); ++head) {
       const int kv_head = head - c.num_q_heads;
       const bool is_q = kv_head < 0, is_v = kv_head >= c.num_kv_heads;
-      std::vector<double> y(d);
-      double squares = 0.0;
+      std::vector<double> y(d), norm(d);
       for (int i = 0; i < d; ++i) {
         const size_t row = size_t(head) * d + i;
+        norm[i] = to_double((is_q ? q_norm : k_norm)[i]);
         y[i] = c.bias ? to_double(bias[row]) : 0.0;
         for (int k = 0; k < c.hidden; ++k) {
           y[i] += to_double(x[t * c.hidden + k]) * to_double(weight[row * c.hidden + k]);
         }
-        squares += y[i] * y[i];
       }
-      if (!is_v) {
-        for (int i = 0; c.norm && i < d; ++i) {
-          y[i] *= to_double((is_q ? q_norm : k_norm)[i]) / std::sqrt(squares / d + 1e-6);
-        }
-        for (int j = 0; j < half; ++j) {
-          double& a = y[c.interleaved ? 2 * j : j];
-          double& b = y[c.interleaved ? 2 * j + 1 : j + half];
-          const double cos = known ? cos_sin[positions[t] * d + j] : NAN;
-          const double sin = known ? cos_sin[positions[t] * d + half + j] : NAN;
-          const double rotated = a * cos - b * sin;
-          b = b * cos + a * sin;
-          a = rotated;
-        }
+      if (!is_v && known) {
+        y = rotate_head(y, c.norm ? &norm : nullptr, 1e-6, cos_sin.data() + positions[t] * d, c.interleaved);
+      } else if (!is_v) {
+        y.assign(d, NAN);
       }
       if (is_q) {
         std::copy(y.begin(), y.end(), e.q_out.begin() + (t * c.num_q_heads + head) * d);

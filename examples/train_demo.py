@@ -139,6 +139,8 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     train_texts, valid_texts = read_sources(args.source)
+    if not train_texts or not valid_texts:
+        parser.error(f"--source: expected a folder with many .py files, got {args.source}")
     tokenizer = train_tokenizer(train_texts)
     tokens = [encode(tokenizer, texts).to(torch.int32).to(device) for texts in (train_texts, valid_texts)]
     print(

@@ -9,7 +9,7 @@ from fusedkv_ext import extension
 from fusedkv_ext import library as library  # registers the ops
 from fusedkv_ext.cache import PagedKVCache
 from fusedkv_ext.config import FusedKVConfig
-from fusedkv_ext.generate import Generation, generate, stream
+from fusedkv_ext.generation import Generation, Sampling, generate, stream
 from fusedkv_ext.model import FusedKVForCausalLM, FusedKVModel
 from fusedkv_ext.modules import DecoderLayer, FusionWeights, ReconstructionAttention, StorageAttention
 from fusedkv_ext.plan import CrossLayerPlan, LayerPlan
@@ -25,6 +25,7 @@ __all__ = [
     "LayerPlan",
     "PagedKVCache",
     "ReconstructionAttention",
+    "Sampling",
     "StorageAttention",
     "generate",
     "has_cuda_kernels",

@@ -1,5 +1,8 @@
 import sys
 
-from fusedkv_ext.cli import main
+try:
+    from fusedkv_ext.cli import main
 
-sys.exit(main())
+    sys.exit(main())
+except KeyboardInterrupt:  # while torch is being imported
+    sys.exit(130)

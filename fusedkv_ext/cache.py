@@ -170,8 +170,10 @@ class PagedKVCache:
         self._expect(len(set(rows)) == len(rows), "rows", "different rows", list(rows))
 
     def check_append(self, rows: Sequence[int], counts: Sequence[int]) -> None:
-        """Raise ValueError unless each row is in use and has room for `counts` more tokens."""
+        """Raise ValueError unless each row is in use and has room for its count (1 or more) of new tokens."""
         self._check_rows(rows)
+        whole = len(counts) == len(rows) and all(count > 0 for count in counts)
+        self._expect(whole, "counts", f"{len(rows)} positive numbers, one a row", list(counts))
         for row, count in zip(rows, counts, strict=True):
             longest = min(self.capacity(row), self.config.max_position_embeddings)
             total = self._lengths[row] + count
@@ -285,7 +287,7 @@ class DecodeStep:
         return self.cache.keys[layer], self.cache.values[layer]
 
     def commit(self) -> None:
-        """Store the new lengths on the device."""
+        """Store the new lengths on the device; the host learns of them by `cache.advance` only."""
         self.cache.seq_lens[self.rows] = self.lengths
 
     def attend(

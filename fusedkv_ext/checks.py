@@ -6,6 +6,7 @@ form `op: argument: expected ..., got ...`.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -23,6 +24,15 @@ def expect(condition: bool, op: str, argument: str, expected: str, got: object) 
     """Raise ValueError `op: argument: expected ..., got ...` unless condition holds."""
     if not condition:
         raise ValueError(f"{op}: {argument}: expected {expected}, got {got}")
+
+
+def integer(value: object, op: str, argument: str, low: int, high: int | None = None) -> int:
+    """Return value as an int, or raise ValueError unless it is an integer (numpy's too) from low to high."""
+    number = None if isinstance(value, bool) or not hasattr(value, "__index__") else operator.index(value)
+    fits = number is not None and number >= low and (high is None or number <= high)
+    wanted = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
+    expect(fits, op, argument, wanted, repr(value))
+    return number
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -43,12 +53,15 @@ class Checker:
     ) -> None:
         """Check device, dtype, shape (None matches any size) and the unit stride of the last dimension."""
         self.expect(x.device == self.device, name, f"device {self.device}", x.device)
-        self.expect(x.dtype in dtypes, name, "dtype " + " or ".join(map(_name, dtypes)), _name(x.dtype))
-        fits = x.dim() == len(shape) and all(w is None or g == w for g, w in zip(x.shape, shape, strict=True))
-        wanted = "[" + ", ".join("*" if n is None else str(n) for n in shape) + "]"
-        self.expect(fits, name, f"shape {wanted}", f"{list(x.shape)}")
-        unit = x.dim() == 0 or x.numel() == 0 or x.shape[-1] == 1 or x.stride(-1) == 1
-        self.expect(unit, name, "stride 1 in the last dimension", x.stride(-1) if x.dim() else 1)
+        if x.dtype not in dtypes:  # texts are put together for a failing check only: this runs on every call
+            self.expect(False, name, "dtype " + " or ".join(map(_name, dtypes)), _name(x.dtype))
+        if x.dim() != len(shape) or any(
+            w is not None and g != w for g, w in zip(x.shape, shape, strict=True)
+        ):
+            wanted = "[" + ", ".join("*" if n is None else str(n) for n in shape) + "]"
+            self.expect(False, name, f"shape {wanted}", f"{list(x.shape)}")
+        if x.dim() > 0 and x.numel() > 0 and x.shape[-1] != 1 and x.stride(-1) != 1:
+            self.expect(False, name, "stride 1 in the last dimension", x.stride(-1))
 
     def head_dim(self, d: int) -> None:
         self.expect(d > 0 and d % 2 == 0, "head_dim", "a positive even number", d)

@@ -17,7 +17,7 @@ import fusedkv_ext
 from fusedkv_ext import extension
 from fusedkv_ext.cache import PagedKVCache
 from fusedkv_ext.checks import expect
-from fusedkv_ext.generate import stream
+from fusedkv_ext.generation import stream
 from fusedkv_ext.model import CONFIG_NAME, WEIGHTS_NAME, FusedKVForCausalLM
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
@@ -86,13 +86,19 @@ class Text:
         dtype = args.dtype or ("bfloat16" if on_cuda else "float32")
 
         self.args = args
-        self.tokenizer = Tokenizer.from_file(str(directory / TOKENIZER_NAME))
+        try:
+            self.tokenizer = Tokenizer.from_file(str(directory / TOKENIZER_NAME))
+        except Exception as error:  # the library raises nothing narrower
+            name = str(directory / TOKENIZER_NAME)
+            raise ValueError(f"{args.command}: {name}: expected a tokenizer, got {error}") from error
+        readable = args.prompt.encode(errors="ignore").decode() == args.prompt  # no stray bytes
+        expect(readable, args.command, "--prompt", "text in the encoding of the terminal", repr(args.prompt))
         self.prompt = self.tokenizer.encode(args.prompt).ids
         self.model = FusedKVForCausalLM.from_pretrained(directory, device, DTYPES[dtype])
         self.tokens: list[int] = []
         self.times: list[float] = []
         self.cache = self._new_cache()
-        name = torch.cuda.get_device_name(device) if on_cuda else f"CPU, {torch.get_num_threads()} threads"
+        name = torch.cuda.get_device_name(device) if on_cuda else f"CPU, threads: {torch.get_num_threads()}"
         self.ran_on = f"{name}, {'CUDA kernels' if on_cuda else 'CPU implementations'}, {dtype}"
 
     def _new_cache(self) -> PagedKVCache:
@@ -171,9 +177,9 @@ def parser() -> argparse.ArgumentParser:
             "--top-p",
             metavar="P",
             type=float,
-            help="sample from the fewest tokens that reach probability P (default: %(default)s)",
+            help="sample from the fewest tokens that reach probability P",
         )
-        add("--seed", metavar="S", type=int, help="same seed, same text (default: %(default)s)")
+        add("--seed", metavar="S", type=int, help="same seed, same text")
         add("--device", help="cpu or cuda; by default cuda where the kernels can run")
         add("--dtype", choices=DTYPES, help="by default bfloat16 on cuda, float32 on cpu")
     # So small a model repeats itself when the most probable token always wins.
@@ -189,6 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_table(environment())
         else:
             complete(args)
+        sys.stdout.flush()  # here, where a reader that has gone away is expected
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError):  # the reader of a pipe has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

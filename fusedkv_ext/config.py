@@ -42,6 +42,17 @@ _HF_NEEDED = (
 )
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file; a ValueError that names the path when it holds something else."""
+    text = Path(path).read_text()
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from error
+    expect(isinstance(values, dict), "FusedKVConfig", str(path), "a JSON object", type(values).__name__)
+    return values
+
+
 @dataclass(frozen=True)
 class FusedKVConfig:
     """Qwen3's architecture plus a cross-layer plan.
@@ -131,7 +142,8 @@ class FusedKVConfig:
         given = isinstance(self.rope_scaling, dict)
         self._expect(given, "rope_scaling", "None or a dict", repr(self.rope_scaling))
         kind = self.rope_scaling.get("rope_type")
-        self._expect(kind in ROPE_SCALING_OPTIONS, "rope_scaling", f"rope_type {types}", repr(kind))
+        known = isinstance(kind, str) and kind in ROPE_SCALING_OPTIONS
+        self._expect(known, "rope_scaling", f"rope_type {types}", repr(kind))
         required, optional = ROPE_SCALING_OPTIONS[kind]
         options = self.rope_scaling.keys() - {"rope_type"}
         complete = required <= options <= required | optional
@@ -156,13 +168,18 @@ class FusedKVConfig:
             fits = not weighted or layer.key_sources == layer.value_sources == first_last
             wanted = f"standard or lite unless layers mix layers {first_last}, as fusedkv does"
             self._expect(fits, "fusion_init", wanted, f"equivalent with layer {i} mixing {layer.sources}")
+        for side in ("key", "value"):
+            kinds = {getattr(layer, f"{side}_weights") for layer in self.plan.layers} - {"none"}
+            wanted = f"standard or lite unless all {side} weights are of one kind"
+            self._expect(len(kinds) <= 1, "fusion_init", wanted, f"equivalent with {sorted(kinds)}")
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> FusedKVConfig:
         """A shape by size: "332m", "650m", "1.5b" or "4b", 16 heads, vocabulary 128000, context 8192, tied.
 
         The shapes are our own, chosen so that the vanilla model meets the paper's parameter counts within 2%;
-        the paper gives its layer counts and widths only in part. `overrides` replaces any field.
+        the paper gives its layer counts and widths only in part. Plans that share keys and values have fewer
+        parameters: their upper layers own no key and value projection. `overrides` replaces any field.
         """
         expect(name in PRESETS, "FusedKVConfig", "preset", " or ".join(PRESETS), repr(name))
         common = dict(vocab_size=128_000, num_attention_heads=16, num_kv_heads=16, tie_word_embeddings=True)
@@ -189,13 +206,7 @@ class FusedKVConfig:
     @classmethod
     def load(cls, path: str | Path) -> FusedKVConfig:
         """Read a config.json."""
-        text = Path(path).read_text()
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: expected JSON, got {error}") from error
-        expect(isinstance(values, dict), "FusedKVConfig", str(path), "a JSON object", type(values).__name__)
-        return cls.from_dict(values)
+        return cls.from_dict(read_json(path))
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], **overrides: Any) -> FusedKVConfig:

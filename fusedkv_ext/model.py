@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fusedkv_ext.cache import DecodeStep, PagedKVCache, PrefillChunk
-from fusedkv_ext.checks import INDEX, expect
-from fusedkv_ext.config import FusedKVConfig
+from fusedkv_ext.checks import FLOATS, INDEX, expect
+from fusedkv_ext.config import FusedKVConfig, read_json
 from fusedkv_ext.modules import (
     DecoderLayer,
     KeysValues,
@@ -28,7 +30,20 @@ from fusedkv_ext.modules import (
 from fusedkv_ext.plan import CrossLayerPlan
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+SAFETENSORS_DTYPES = dict(F16=torch.float16, BF16=torch.bfloat16, F32=torch.float32, F64=torch.float64)
+TensorFacts = tuple[tuple[int, ...], torch.dtype | str]  # shape and dtype
 PREFILL_CHUNK = 8192  # prompt tokens that go through the layers at once
+
+
+def _without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The cached calls hand the model's own dtype to the ops: autocast around them would mix in another."""
+
+    @functools.wraps(method)
+    def run(self, *args, **kwargs):
+        with torch.autocast(self.device.type, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 def _decoder_layer(config: FusedKVConfig, layer: int) -> DecoderLayer:
@@ -145,11 +160,27 @@ class FusedKVForCausalLM(nn.Module):
         expect(same, "FusedKVForCausalLM", "targets", f"shape {list(input_ids.shape)}", list(targets.shape))
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
+    def check_cache(self, cache: PagedKVCache, op: str) -> None:
+        """Raise ValueError unless the cache has this model's config, dtype and device."""
+        made = isinstance(cache, PagedKVCache)
+        expect(made, op, "cache", "a PagedKVCache", type(cache).__name__)
+        fits = cache.config == self.config and cache.dtype == self.dtype and cache.device == self.device
+        wanted = f"one with this model's config, {self.dtype} on {self.device}"
+        got = f"one for plan {cache.config.plan.name}, {cache.dtype} on {cache.device}"
+        expect(fits, op, "cache", wanted, got)
+
+    def check_tokens(self, tokens: Tensor, op: str, name: str) -> None:
+        """Raise ValueError unless every id is in the vocabulary; waits for tokens that are on a GPU."""
+        low, high = (int(x) for x in tokens.aminmax())
+        last = self.config.vocab_size - 1
+        expect(low >= 0 and high <= last, op, name, f"token ids 0 to {last}", low if low < 0 else high)
+
     def new_cache(self, num_pages: int, page_size: int = 64, max_batch: int = 1) -> PagedKVCache:
         """A cache with this model's shape, dtype and device."""
         return PagedKVCache(self.config, num_pages, page_size, max_batch, self.dtype, self.device)
 
     @torch.no_grad()
+    @_without_autocast
     def prefill(
         self,
         cache: PagedKVCache,
@@ -177,6 +208,7 @@ class FusedKVForCausalLM(nn.Module):
             ValueError: an empty batch or prompt, a row not in use or without room; nothing is written then.
         """
         op = "prefill"
+        self.check_cache(cache, op)
         expect(len(rows) > 0, op, "rows", "at least one sequence", 0)
         expect(len(prompts) == len(rows), op, "prompts", f"{len(rows)}, one a row", len(prompts))
         expect(chunk > 0, op, "chunk", "at least 1 token", chunk)
@@ -184,6 +216,7 @@ class FusedKVForCausalLM(nn.Module):
             fits = prompt.dtype in INDEX and prompt.dim() == 1 and len(prompt) > 0
             got = f"{prompt.dtype} {list(prompt.shape)}"
             expect(fits, op, f"prompts[{i}]", "int64 or int32 [S] of at least one token", got)
+            self.check_tokens(prompt, op, f"prompts[{i}]")
         cache.check_append(rows, [len(prompt) for prompt in prompts])
 
         last, num_layers = self.config.plan.last_storage, self.config.num_layers
@@ -201,7 +234,8 @@ class FusedKVForCausalLM(nn.Module):
                 self.model.layers[last].write_kv(x, self.model.rotary(), step)
             cache.advance([rows[i] for i, _, _ in order], counts)
             for (i, _, _), part in zip(order, x.split(counts), strict=True):
-                outputs[i] = [*outputs[i], part] if all_logits else [part[-1:]]
+                # A copy of the last row, because a view of it would keep the whole chunk in memory.
+                outputs[i] = [*outputs[i], part] if all_logits else [part[-1:].clone()]
         if all_logits:
             return [torch.cat(parts) for parts in outputs]
         x = torch.cat([parts[0] for parts in outputs])
@@ -224,10 +258,12 @@ class FusedKVForCausalLM(nn.Module):
             ValueError: an empty batch, tokens that do not fit rows, a row not in use or full; nothing is
                 written then.
         """
+        self.check_cache(cache, "decode")
         expect(len(rows) > 0, "decode", "rows", "at least one sequence", 0)
         fits = tokens.dtype in INDEX and list(tokens.shape) == [len(rows)]
         got = f"{tokens.dtype} {list(tokens.shape)}"
         expect(fits, "decode", "tokens", f"int64 or int32 [{len(rows)}]", got)
+        self.check_tokens(tokens, "decode", "tokens")
         cache.check_append(rows, [1] * len(rows))
         step = cache.decode_step(torch.tensor(list(rows), device=self.device))
         logits = self.decode_step(tokens.to(self.device), step)
@@ -235,13 +271,14 @@ class FusedKVForCausalLM(nn.Module):
         return logits
 
     @torch.no_grad()
+    @_without_autocast
     def decode_step(self, tokens: Tensor, step: DecodeStep) -> Tensor:
         """Logits [B, vocab] of tokens [B] at a step of the cache; device work only, fit for a CUDA graph."""
         x = self.model.cached(self.model.embed_tokens(tokens), range(self.config.num_layers), step)
         return self.logits(self.model.norm(x))
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json and model.safetensors; each file appears whole or not at all."""
+        """Write config.json and model.safetensors; each file appears whole or not at all, weights first."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         config, weights = directory / f".{CONFIG_NAME}.new", directory / f".{WEIGHTS_NAME}.new"
@@ -273,7 +310,7 @@ class FusedKVForCausalLM(nn.Module):
         directory = Path(directory)
         model = cls._meta(FusedKVConfig.load(directory / CONFIG_NAME))
         weights = directory / WEIGHTS_NAME
-        model._check_shapes(_header(weights), str(weights))
+        model._check_tensors(_header(weights), str(weights))
         return model._assign(load_file(weights), device, dtype)
 
     @classmethod
@@ -290,10 +327,12 @@ class FusedKVForCausalLM(nn.Module):
             FileNotFoundError, ValueError: as from_pretrained.
         """
         directory = Path(directory)
-        config = FusedKVConfig.from_hf(json.loads((directory / CONFIG_NAME).read_text()))
+        config = FusedKVConfig.from_hf(read_json(directory / CONFIG_NAME))
         files = sorted(directory.glob("*.safetensors"))
         if not files:
             raise FileNotFoundError(f"{directory}: expected at least one .safetensors file, got none")
+        for file in files:
+            _header(file)
         tensors = {name: x for file in files for name, x in load_file(file).items()}
         return cls.from_hf_state_dict(config, tensors, device, dtype)
 
@@ -316,6 +355,8 @@ class FusedKVForCausalLM(nn.Module):
         tensors = dict(tensors)
         if config.tie_word_embeddings:
             tensors.pop("lm_head.weight", None)  # some checkpoints hold the tied matrix twice
+        # Before packing, which would widen a part of another dtype in silence.
+        _raise_if(_other_dtypes({name: x.dtype for name, x in tensors.items()}), "from_hf_state_dict")
         packed, missing = {}, []
         for name in model.state_dict():
             sources = _hf_names(name)
@@ -326,7 +367,7 @@ class FusedKVForCausalLM(nn.Module):
         problems = [f"missing {missing}"] if missing else []
         problems += [f"extra {sorted(tensors)}"] if tensors else []
         _raise_if(problems, "from_hf_state_dict")
-        model._check_shapes({name: tuple(x.shape) for name, x in packed.items()}, "from_hf_state_dict")
+        model._check_tensors({name: _facts(x) for name, x in packed.items()}, "from_hf_state_dict")
         return model._assign(packed, device, dtype)
 
     @classmethod
@@ -334,7 +375,7 @@ class FusedKVForCausalLM(nn.Module):
         with torch.device("meta"):
             return cls(config)
 
-    def _check_shapes(self, got: Mapping[str, tuple[int, ...]], where: str) -> None:
+    def _check_tensors(self, got: Mapping[str, TensorFacts], where: str) -> None:
         expected = {name: tuple(x.shape) for name, x in self.state_dict().items()}
         problems = []
         if missing := sorted(expected.keys() - got.keys()):
@@ -342,8 +383,13 @@ class FusedKVForCausalLM(nn.Module):
         if extra := sorted(got.keys() - expected.keys()):
             problems.append(f"extra {extra}")
         for name in sorted(expected.keys() & got.keys()):
-            if expected[name] != got[name]:
-                problems.append(f"{name}: expected shape {list(expected[name])}, got {list(got[name])}")
+            shape, dtype = got[name]
+            if expected[name] != shape:
+                problems.append(f"{name}: expected shape {list(expected[name])}, got {list(shape)}")
+            if dtype not in FLOATS:
+                problems.append(f"{name}: expected a floating dtype, got {dtype}")
+        dtypes = {name: dtype for name, (_, dtype) in got.items() if ".fusion." not in name}
+        problems += _other_dtypes(dtypes)
         _raise_if(problems, where)
 
     def _assign(
@@ -361,10 +407,28 @@ def _raise_if(problems: Sequence[str], where: str) -> None:
         raise ValueError(f"{where}: expected the tensors of the config, got " + "; ".join(problems))
 
 
-def _header(path: Path) -> dict[str, tuple[int, ...]]:
+def _other_dtypes(dtypes: Mapping[str, torch.dtype | str]) -> list[str]:
+    """What is wrong with tensors of another dtype than the embedding's."""
+    expected = dtypes.get("model.embed_tokens.weight")
+    return [
+        f"{name}: expected dtype {expected}, that of the embedding, got {dtype}"
+        for name, dtype in dtypes.items()
+        if expected is not None and dtype != expected
+    ]
+
+
+def _facts(x: Tensor) -> TensorFacts:
+    return tuple(x.shape), x.dtype
+
+
+def _header(path: Path) -> dict[str, TensorFacts]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {
+                name: (tuple(x.get_shape()), SAFETENSORS_DTYPES.get(x.get_dtype(), x.get_dtype()))
+                for name, x in slices.items()
+            }
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a safetensors file, got {error}") from error
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from fusedkv_ext import ops, reference
 from fusedkv_ext.checks import expect
-from fusedkv_ext.plan import LayerPlan, WeightKind
+from fusedkv_ext.config import FUSION_INITS
+from fusedkv_ext.plan import MAX_SOURCES, WEIGHT_KINDS, LayerPlan, WeightKind
 
 if TYPE_CHECKING:
     from fusedkv_ext.cache import DecodeStep, PrefillChunk
@@ -58,6 +59,13 @@ class RotaryTable(Float32Module):
     def reset(self, device: torch.device | str | None = None) -> None:
         """Compute the table, on `device` when the module was made on the meta device."""
         self.cos_sin = rope_table(*self.args, device=device)
+
+    def _apply(self, fn, recurse=True):
+        meta = self.cos_sin.is_meta
+        super()._apply(fn, recurse)
+        if meta and not self.cos_sin.is_meta:  # to_empty leaves memory as it is, and no checkpoint fills it
+            self.reset(self.cos_sin.device)
+        return self
 
     def forward(self) -> Tensor:
         return self.cos_sin
@@ -158,21 +166,28 @@ class FusionWeights(Float32Module):
         interleaved: bool = False,
     ):
         super().__init__()
-        expect(head_dim % 2 == 0, "FusionWeights", "head_dim", "an even number", head_dim)
+        even = head_dim > 0 and head_dim % 2 == 0
+        expect(even, "FusionWeights", "head_dim", "a positive even number", head_dim)
+        expect(num_kv_heads > 0, "FusionWeights", "num_kv_heads", "1 or more", num_kv_heads)
         self.num_kv_heads, self.head_dim, self.interleaved = num_kv_heads, head_dim, interleaved
-        self.key = self._parameter(num_key_sources, key_weights, head_dim // 2)
-        self.value = self._parameter(num_value_sources, value_weights, head_dim)
+        self.key = self._parameter("key", num_key_sources, key_weights, head_dim // 2)
+        self.value = self._parameter("value", num_value_sources, value_weights, head_dim)
         with torch.no_grad():
             if self.key is not None:
                 self.key[-1] = 1.0
             if self.value is not None:
                 self.value[0] = 1.0
 
-    def _parameter(self, num_sources: int, kind: WeightKind, channels: int) -> nn.Parameter | None:
+    def _parameter(self, side: str, sources: int, kind: WeightKind, channels: int) -> nn.Parameter | None:
+        name = "FusionWeights"
+        expect(kind in WEIGHT_KINDS, name, f"{side}_weights", " or ".join(WEIGHT_KINDS), repr(kind))
+        most = 1 if kind == "none" else MAX_SOURCES
+        expect(1 <= sources <= most, name, f"num_{side}_sources", f"1 to {most} with {kind} weights", sources)
         if kind == "none":
             return None
-        shape = (num_sources,) if kind == "scalar" else (num_sources, self.num_kv_heads, channels)
-        return nn.Parameter(torch.zeros(shape))
+        shape = (sources,) if kind == "scalar" else (sources, self.num_kv_heads, channels)
+        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        return nn.Parameter(torch.zeros(shape, dtype=wide))
 
     def forward(self) -> tuple[Tensor | None, Tensor | None]:
         key = self.key
@@ -197,7 +212,11 @@ def initialise_fusion(layers: Sequence[FusionWeights], kind: str) -> None:
 
     and unroll it to the sources 1 and n. K_{i-1} of the first reconstruction layer is K_n itself, so keys
     start without a share of K_1.
+
+    Raises:
+        ValueError: another kind.
     """
+    expect(kind in FUSION_INITS, "initialise_fusion", "kind", " or ".join(FUSION_INITS), repr(kind))
     for side, extra in (("key", -1), ("value", 0)):
         previous = None  # the weights of layer i - 1
         for parameter in (getattr(weights, side) for weights in layers):
@@ -269,6 +288,9 @@ class _Attention(nn.Module):
     ):
         super().__init__()
         name = type(self).__name__
+        sizes = {"hidden_size": hidden_size, "num_heads": num_heads}
+        for argument, size in sizes.items():
+            expect(size > 0, name, argument, "1 or more", size)
         divides = num_kv_heads > 0 and num_heads % num_kv_heads == 0
         expect(divides, name, "num_heads", f"a multiple of num_kv_heads {num_kv_heads}", num_heads)
         expect(head_dim > 0 and head_dim % 2 == 0, name, "head_dim", "a positive even number", head_dim)
@@ -276,6 +298,15 @@ class _Attention(nn.Module):
         self.interleaved, self.eps = interleaved, eps
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
         self.q_norm = RMSNorm(head_dim, eps) if qk_norm else None
+
+    def _check(self, x: Tensor, cos_sin: Tensor) -> None:
+        """Raise ValueError unless x is [B, S, hidden] and the table has its positions and this head dim."""
+        name, hidden = type(self).__name__, self.o_proj.out_features
+        fits = x.dim() == 3 and x.shape[-1] == hidden
+        expect(fits, name, "x", f"shape [*, *, {hidden}]", list(x.shape))
+        table = f"at least {x.shape[1]} positions of {self.head_dim} columns"
+        fits = cos_sin.shape[0] >= x.shape[1] and cos_sin.shape[1] == self.head_dim
+        expect(fits, name, "cos_sin", table, list(cos_sin.shape))
 
     def _rotate(self, x: Tensor, norm: RMSNorm | None, cos_sin: Tensor) -> Tensor:
         """Norm and RoPE of x [B, S, H, D] in float32, rounded once, as rope_write_kv does."""
@@ -335,6 +366,7 @@ class StorageAttention(_Attention):
         window: int = 0,
     ):
         super().__init__(hidden_size, num_heads, num_kv_heads, head_dim, qk_norm, eps, interleaved)
+        expect(window >= 0, "StorageAttention", "window", "0 (all tokens) or more", window)
         self.layer, self.window = layer, window
         self.qkv_proj = nn.Linear(hidden_size, (num_heads + 2 * num_kv_heads) * head_dim, bias=False)
         self.k_norm = RMSNorm(head_dim, eps) if qk_norm else None
@@ -351,7 +383,11 @@ class StorageAttention(_Attention):
 
         Returns:
             The output [B, S, hidden] and (keys, values), each [B, S, Hkv, D], keys after norm and RoPE.
+
+        Raises:
+            ValueError: x or the table of another shape.
         """
+        self._check(x, cos_sin)
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 2)
         q, k = self._rotate(q, self.q_norm, cos_sin), self._rotate(k, self.k_norm, cos_sin)
@@ -417,7 +453,18 @@ class ReconstructionAttention(_Attention):
 
         Returns:
             The output [B, S, hidden], and None: it shares nothing.
+
+        Raises:
+            ValueError: x, the table or a source of another shape, or a source that is not there.
         """
+        self._check(x, cos_sin)
+        shape = [*x.shape[:2], self.num_kv_heads, self.head_dim]
+        for layer in self.plan.sources:
+            name = f"sources[{layer}]"
+            expect(layer in sources, "ReconstructionAttention", name, "keys and values", "none")
+            for tensor in sources[layer]:
+                same = list(tensor.shape) == shape
+                expect(same, "ReconstructionAttention", name, f"shape {shape}", list(tensor.shape))
         q = self._rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), self.q_norm, cos_sin)
         keys = [sources[layer][0] for layer in self.plan.key_sources]
         values = [sources[layer][1] for layer in self.plan.value_sources]

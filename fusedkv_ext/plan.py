@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from fusedkv_ext.checks import expect
+from fusedkv_ext.checks import expect, integer
 
 WeightKind = Literal["none", "scalar", "channel"]
 WEIGHT_KINDS = ("none", "scalar", "channel")
@@ -54,17 +54,20 @@ class CrossLayerPlan:
     layers: tuple[LayerPlan, ...]
 
     def __post_init__(self) -> None:
+        expect(isinstance(self.name, str), "plan", "name", "a string", repr(self.name))
         expect(len(self.layers) > 0, "plan", "layers", "at least one layer", 0)
-        stores = [plan.sources == (i,) for i, plan in enumerate(self.layers)]
+        stores = [plan.key_sources == plan.value_sources == (i,) for i, plan in enumerate(self.layers)]
         for i, plan in enumerate(self.layers):
             for side in ("key", "value"):
                 sources, kind = getattr(plan, f"{side}_sources"), getattr(plan, f"{side}_weights")
                 where = f"layer {i} {side}_sources"
+                listed = isinstance(sources, tuple) and all(isinstance(s, int) for s in sources)
+                expect(listed, "plan", where, "a tuple of layer numbers", repr(sources))
                 several = 1 <= len(sources) <= MAX_SOURCES and len(set(sources)) == len(sources)
                 expect(several, "plan", where, f"1 to {MAX_SOURCES} different layers", sources)
                 for source in sources:
-                    fits = isinstance(source, int) and 0 <= source <= i
-                    expect(fits, "plan", where, f"layers 0 to {i} (none above itself)", source)
+                    lower = f"layers 0 to {i} (none above itself)"
+                    expect(0 <= source <= i, "plan", where, lower, source)
                     expect(stores[source], "plan", where, "a layer that stores keys and values", source)
                 lone = kind != "none" or len(sources) == 1
                 expect(lone, "plan", where, "one layer when the weights are none", sources)
@@ -91,12 +94,14 @@ class CrossLayerPlan:
     @classmethod
     def vanilla(cls, num_layers: int) -> CrossLayerPlan:
         """Every layer reads itself."""
+        num_layers = integer(num_layers, "plan", "num_layers", 1)
         return cls("vanilla", tuple(LayerPlan((i,), (i,)) for i in range(num_layers)))
 
     @classmethod
     def cla(cls, num_layers: int, factor: int = 2) -> CrossLayerPlan:
         """Cross-layer attention: `factor` neighbouring layers share the cache of the lowest of them."""
-        expect(factor >= 1, "plan", "factor", "1 or more", factor)
+        num_layers = integer(num_layers, "plan", "num_layers", 1)
+        factor = integer(factor, "plan", "factor", 1)
         return cls("cla", tuple(LayerPlan((s,), (s,)) for s in (i - i % factor for i in range(num_layers))))
 
     @classmethod
@@ -168,7 +173,11 @@ class CrossLayerPlan:
         expect(whole, "plan", "config", "an object with name and layers", values)
         expect(isinstance(values["layers"], Sequence), "plan", "layers", "a list", values["layers"])
         for i, layer in enumerate(values["layers"]):
-            expect(set(layer) == fields, "plan", f"layer {i}", f"the fields {sorted(fields)}", sorted(layer))
+            complete = isinstance(layer, Mapping) and set(layer) == fields
+            expect(complete, "plan", f"layer {i}", f"the fields {sorted(fields)}", layer)
+            for side in ("key_sources", "value_sources"):
+                listed = isinstance(layer[side], Sequence)
+                expect(listed, "plan", f"layer {i} {side}", "a list of layers", repr(layer[side]))
         layers = (
             LayerPlan(
                 tuple(layer["key_sources"]),
@@ -194,6 +203,5 @@ PLAN_NAMES = (
 
 
 def _storage_count(num_layers: int, n: int | None, least: int) -> int:
-    n = num_layers // 2 if n is None else n
-    expect(least <= n < num_layers, "plan", "n", f"{least} to {num_layers - 1} of {num_layers} layers", n)
-    return n
+    num_layers = integer(num_layers, "plan", "num_layers", least + 1)
+    return integer(num_layers // 2 if n is None else n, "plan", "n", least, num_layers - 1)

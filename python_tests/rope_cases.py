@@ -76,3 +76,10 @@ def written(
                 value.clamp(-448, 448) if cache.dtype == FP8 else value
             )
     return expected
+
+
+def change_indices(inputs: dict) -> None:
+    """Give every token another position and, where there are slots, another slot, in place."""
+    for name in ("positions", "slot_mapping"):
+        if inputs.get(name) is not None:
+            inputs[name].copy_(inputs[name].roll(1))

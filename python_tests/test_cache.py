@@ -9,7 +9,14 @@ def make(num_pages=6, page_size=4, max_batch=3, plan="fusedkv", **options) -> Pa
     return PagedKVCache(tiny.config(plan), num_pages, page_size, max_batch, **options)
 
 
-@pytest.mark.parametrize("plan", tiny.PLANS.values(), ids=tiny.PLANS)
+NBYTES_PLANS = {
+    **tiny.PLANS,
+    "fusedkv_2": CrossLayerPlan.fusedkv(6, n=2),
+    "yoco_5": CrossLayerPlan.yoco(6, n=5),
+}
+
+
+@pytest.mark.parametrize("plan", NBYTES_PLANS.values(), ids=NBYTES_PLANS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nbytes_is_the_papers_share_of_vanilla(plan, dtype):
     """The paper's Table 1: 2 S Hkv D elements a storage layer, where vanilla has 2 L S Hkv D."""
@@ -64,18 +71,24 @@ def test_a_full_cache_changes_nothing():
         (lambda cache: cache.free([0, 0]), r"rows: expected different rows, got \[0, 0\]"),
         (lambda cache: cache.free([7]), r"rows: expected rows in use, \[0\], got 7"),
         (lambda cache: cache.length(1), r"rows: expected rows in use, \[0\], got 1"),
-        (lambda cache: cache.prefill_chunk([0], [9]), "row 0: expected at most 8 tokens in its pages, got 9"),
-        (lambda cache: cache.advance([0], [9]), "row 0: expected at most 8 tokens in its pages, got 9"),
+        (lambda cache: cache.prefill_chunk([0], [7]), "row 0: expected at most 8 tokens in its pages, got 9"),
+        (lambda cache: cache.advance([0], [7]), "row 0: expected at most 8 tokens in its pages, got 9"),
         (lambda cache: cache.check_append([-1], [1]), r"rows: expected rows in use, \[0\], got -1"),
+        (lambda cache: cache.check_append([0], [0]), r"counts: expected 1 positive numbers.*got \[0\]"),
+        (lambda cache: cache.advance([0], [-1]), r"counts: expected 1 positive numbers.*got \[-1\]"),
+        (lambda cache: cache.advance([0], [1, 1]), r"counts: expected 1 positive numbers.*got \[1, 1\]"),
+        (lambda cache: cache.advance([0], []), r"counts: expected 1 positive numbers.*got \[\]"),
+        (lambda cache: cache.prefill_chunk([0], [1, 2]), r"counts: expected 1 positive numbers"),
     ],
 )
 def test_bad_calls_change_nothing(action, message):
     cache = make()
     cache.add([5])
+    cache.advance([0], [2])
     before = (cache.num_free_pages, cache.block_table.clone(), cache.seq_lens.clone())
     with pytest.raises(ValueError, match=message):
         action(cache)
-    assert cache.num_free_pages == before[0]
+    assert cache.num_free_pages == before[0] and cache.length(0) == 2
     assert torch.equal(cache.block_table, before[1]) and torch.equal(cache.seq_lens, before[2])
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from fusedkv_ext import cli
+from fusedkv_ext import CrossLayerPlan, cli
 from fusedkv_ext.config import FusedKVConfig
-from fusedkv_ext.generate import generate
+from fusedkv_ext.generation import generate
 from fusedkv_ext.model import FusedKVForCausalLM
 
 CONTEXT = 192
@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
         num_kv_heads=1,
         head_dim=64,
         max_position_embeddings=CONTEXT,
-        plan="fusedkv",
+        plan=CrossLayerPlan.fusedkv_lite(4, n=1),
     )
     FusedKVForCausalLM(config).save_pretrained(folder)
     return folder
@@ -68,10 +68,12 @@ def test_generate_prints_prompt_and_completion(folder, device, capsys, sampled):
 def test_demo_prints_measured_cache(folder, device, capsys):
     assert run(folder, "--prompt", PROMPT, "--max-new-tokens", "20", "--device", device, command="demo") == 0
     out = capsys.readouterr().out
-    model = FusedKVForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if device == "cuda" else None)
     tokens = len(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(PROMPT).ids) + 20
-    cache = model.new_cache(-(-tokens // cli.PAGE_SIZE), cli.PAGE_SIZE)
-    assert f"{cache.nbytes:,} bytes, 50% of {2 * cache.nbytes:,}" in out
+    pages = -(-tokens // cli.PAGE_SIZE)
+    nbytes = (
+        pages * cli.PAGE_SIZE * 2 * 64 * (2 if device == "cuda" else 4)
+    )  # one layer's, with one head of 64
+    assert f"{nbytes:,} bytes, 25% of {4 * nbytes:,}" in out
     assert "20 generated" in out and "tokens/s" in out
     assert ("CUDA kernels" if device == "cuda" else "CPU implementations") in out
 
@@ -96,10 +98,13 @@ def test_env(capsys):
     [
         (["--prompt", ""], "prompts[0]: expected at least one token"),
         (["--prompt", "x" * CONTEXT], f"prompts[0]: expected at most {CONTEXT} tokens"),
-        (["--prompt", PROMPT, "--max-new-tokens", "0"], "max_new_tokens: expected 1 or more, got 0"),
+        (
+            ["--prompt", PROMPT, "--max-new-tokens", "0"],
+            "max_new_tokens: expected an integer of at least 1, got 0",
+        ),
         (["--prompt", PROMPT, "--max-new-tokens", str(10**9)], f"expected at most {CONTEXT} tokens"),
         (["--prompt", PROMPT, "--temperature", "-1"], "temperature: expected 0 or more, got -1.0"),
-        (["--prompt", PROMPT, "--top-k", "0"], "top_k: expected None or 1 or more, got 0"),
+        (["--prompt", PROMPT, "--top-k", "0"], "top_k: expected an integer of at least 1, got 0"),
         (["--prompt", PROMPT, "--top-p", "2"], "top_p: expected None or above 0 and at most 1, got 2.0"),
         (["--prompt", PROMPT, "--device", "abacus"], "--device: expected cpu, cuda or cuda:N, got abacus"),
         (

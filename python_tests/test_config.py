@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from fusedkv_ext import CrossLayerPlan, FusedKVConfig, FusedKVForCausalLM
+from fusedkv_ext import CrossLayerPlan, FusedKVConfig, FusedKVForCausalLM, LayerPlan
 from fusedkv_ext.config import PRESETS
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
@@ -57,6 +57,22 @@ def test_json_round_trip(plan, tmp_path):
         ({"plan": CrossLayerPlan.vanilla(5)}, "plan: expected one of 6 layers, got 5"),
         ({"fusion_init": "zeros"}, "fusion_init: expected standard or equivalent or lite, got 'zeros'"),
         ({"plan": "dense_fusion", "fusion_init": "equivalent"}, r"fusion_init: .*layers \(0, 2\).*layer 3"),
+        (
+            {
+                "plan": CrossLayerPlan(
+                    "mixed",
+                    (
+                        *CrossLayerPlan.vanilla(2).layers,
+                        *(
+                            LayerPlan((0, 1), (0, 1), kind, "channel")
+                            for kind in ("scalar", *["channel"] * 3)
+                        ),
+                    ),
+                ),
+                "fusion_init": "equivalent",
+            },
+            "fusion_init: .*one kind.*'channel', 'scalar'",
+        ),
         ({"colour": 1, "size": 2}, r"keys: expected only .*unknown \['colour', 'size'\]"),
     ],
 )

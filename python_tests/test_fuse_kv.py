@@ -361,15 +361,51 @@ def test_cuda_needs_head_dims_of_8():
         fuse_kv(*arguments)
 
 
+def fused_with_gradients(grads, k_sources, v_sources, key_weights, value_weights):
+    """(k, v) and the gradients of all four arguments, one flat list."""
+    inputs = [*k_sources, *v_sources, key_weights, value_weights]
+    outs = fuse_kv(k_sources, v_sources, key_weights, value_weights)
+    return [*outs, *torch.autograd.grad(outs, inputs, list(grads))]
+
+
+def change(grads, arguments) -> None:
+    """Other values in the same tensors."""
+    with torch.no_grad():
+        for x in (grads, *arguments[0], *arguments[1], *arguments[2:]):
+            x.normal_()
+
+
 @pytest.mark.cuda
-def test_graph_replays_with_new_sources():
+def test_graph_replays_with_new_values():
     arguments = make_sides((40, 2, 64), 2, 2, torch.bfloat16, "cuda")
     grads = torch.randn(2, 40, 2, 64, device="cuda").bfloat16()
-    fuse_kv_backward(*grads, *arguments)
+    leaves(arguments)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        fused_with_gradients(grads, *arguments)
+    torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outs, gradients = fuse_kv(*arguments), fuse_kv_backward(*grads, *arguments)
-    arguments[0][0].normal_()
-    graph.replay()
-    eager, eager_gradients = fuse_kv(*arguments), fuse_kv_backward(*grads, *arguments)
-    assert torch.equal(outs[0], eager[0]) and torch.equal(gradients[2], eager_gradients[2])
+        captured = fused_with_gradients(grads, *arguments)
+    for _ in range(3):
+        change(grads, arguments)
+        graph.replay()
+        for got, wanted in zip(captured, fused_with_gradients(grads, *arguments), strict=True):
+            assert torch.equal(got, wanted)
+
+
+@pytest.mark.cuda
+def test_compile_reduce_overhead_with_backward():
+    arguments = make_sides((40, 2, 64), 2, 1, torch.bfloat16, "cuda")
+    inputs = leaves(arguments)
+    grads = torch.randn(2, 40, 2, 64, device="cuda").bfloat16()
+    compiled = torch.compile(lambda *a: fuse_kv(*a), fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):
+        change(grads, arguments)
+        torch.compiler.cudagraph_mark_step_begin()
+        outs = compiled(*arguments)
+        got = [out.detach().clone() for out in outs]
+        got += torch.autograd.grad(outs, inputs, list(grads))
+        for actual, wanted in zip(got, fused_with_gradients(grads, *arguments), strict=True):
+            assert torch.equal(actual, wanted)

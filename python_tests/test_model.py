@@ -2,6 +2,7 @@ import copy
 import itertools
 import json
 import os
+import re
 
 import pytest
 import tiny
@@ -9,7 +10,7 @@ import torch
 from oracle import assert_close_2x
 from safetensors.torch import load_file, save_file
 
-from fusedkv_ext import CrossLayerPlan, FusedKVForCausalLM
+from fusedkv_ext import CrossLayerPlan, FusedKVForCausalLM, PagedKVCache, generate
 
 every_plan = pytest.mark.parametrize("plan", tiny.PLANS.values(), ids=tiny.PLANS)
 
@@ -147,6 +148,11 @@ def test_fusedkv_with_lite_weights_is_lite_bit_for_bit(device):
         assert torch.equal(a, b)
 
 
+def fresh(plan, **overrides) -> FusedKVForCausalLM:
+    """A model as training finds it: embeddings so small that an epsilon of 0.1 would drown them."""
+    return FusedKVForCausalLM(tiny.config(plan, **{"rms_norm_eps": 1e-6, **overrides}))
+
+
 def train(model, steps=8, autocast=None) -> list[float]:
     ids = torch.randint(0, tiny.VOCAB, (2, 17), device=model.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -164,19 +170,19 @@ def train(model, steps=8, autocast=None) -> list[float]:
 
 @every_plan
 def test_every_plan_trains(plan):
-    losses = train(FusedKVForCausalLM(tiny.config(plan, fusion_init="lite")))
+    losses = train(fresh(plan, fusion_init="lite"))
     assert losses[-1] < losses[0] - 0.3
 
 
 @pytest.mark.parametrize("fusion_init", ["standard", "equivalent"])
 def test_every_initialisation_trains(fusion_init):
-    losses = train(FusedKVForCausalLM(tiny.config("fusedkv", fusion_init=fusion_init)))
+    losses = train(fresh("fusedkv", fusion_init=fusion_init))
     assert losses[-1] < losses[0] - 0.3
 
 
 def test_gqa_and_windows_train_under_autocast(device):
     shape = dict(num_kv_heads=1, sliding_window=4, head_dim=64 if device == "cuda" else 16)
-    model = FusedKVForCausalLM(tiny.config("fusedkv", **shape)).to(device)
+    model = fresh("fusedkv", **shape).to(device)
     losses = train(model, autocast=torch.bfloat16)
     assert losses[-1] < losses[0] - 0.3
 
@@ -255,6 +261,19 @@ def test_forward_refuses_bad_input(call, message):
         (lambda m, c, p: m.decode(c, [], p[:0]), "decode: rows: expected at least one sequence"),
         (lambda m, c, p: m.decode(c, [0], p), r"decode: tokens: expected int64 or int32 \[1\]"),
         (
+            lambda m, c, p: m.prefill(c, [0, 1], [p, p.index_fill(0, torch.tensor([3]), tiny.VOCAB)]),
+            r"prefill: prompts\[1\]: expected token ids 0 to 96, got 97",
+        ),
+        (lambda m, c, p: m.prefill(c, [0], [-1 - p], 2), r"prompts\[0\]: expected token ids 0 to 96, got -"),
+        (
+            lambda m, c, p: m.decode(c, [0, 1], torch.tensor([5, 97])),
+            "decode: tokens: expected token ids 0 to 96, got 97",
+        ),
+        (
+            lambda m, c, p: m.decode(c, [0], torch.tensor([-2])),
+            "decode: tokens: expected token ids 0 to 96, got -2",
+        ),
+        (
             lambda m, c, p: (c.advance([1], [8]), m.decode(c, [0, 1], p[:2])),
             "row 1: expected at most 8 .*got 9",
         ),
@@ -267,8 +286,87 @@ def test_cached_calls_refuse_bad_input_and_write_nothing(call, message):
     cache.add([8, 8])
     with pytest.raises(ValueError, match=message):
         call(model, cache, tiny.prompts(5)[0])
-    assert cache.length(0) == 0 and cache.seq_lens[0] == 0
+    assert cache.length(0) == 0 and cache.seq_lens[0] == 0 and cache.seq_lens[2] == 0
+    assert cache.length(1) == cache.seq_lens[1] in (0, 8)
     assert all(pool.isnan().all() for pool in (*cache.keys.values(), *cache.values.values()))
+
+
+def generate_with(model, cache, prompt):
+    return generate(model, [prompt], 2, cache=cache)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, cache, prompt: model.prefill(cache, [0], [prompt]),
+        lambda model, cache, prompt: model.decode(cache, [0], prompt[:1]),
+        generate_with,
+    ],
+    ids=["prefill", "decode", "generate"],
+)
+@pytest.mark.parametrize("other", ["plan", "option", "dtype", "device", "type"])
+def test_a_cache_of_another_model_is_refused(call, other):
+    config, options = tiny.config("fusedkv"), dict(page_size=4, max_batch=2, dtype=torch.float64)
+    if other == "plan":
+        config = tiny.config("fusedkv_lite")
+    elif other == "option":
+        config = tiny.config("fusedkv", rope_theta=1e5)
+    elif other in ("dtype", "device"):
+        options[other] = {"dtype": torch.float32, "device": "meta"}[other]
+    cache = {} if other == "type" else PagedKVCache(config, 4, **options)
+    if other != "type":
+        cache.add([8])
+    with pytest.raises(ValueError, match=r"(prefill|decode|generate): cache: expected "):
+        call(tiny.model("fusedkv"), cache, tiny.prompts(5)[0])
+    if other != "type":
+        assert cache.length(0) == 0 and cache.num_free_pages == 2
+
+
+def test_construction_on_the_meta_device(device):
+    """The checkpoint fills the weights, and the RoPE table, which is in no checkpoint, is computed again."""
+    filled = tiny.model("fusedkv", torch.float32, device, rope_theta=300.0)
+    with torch.device("meta"):
+        model = FusedKVForCausalLM(filled.config)
+    model = model.to(filled.dtype).to_empty(device=device)
+    model.load_state_dict(filled.state_dict())
+    table, expected = model.model.rotary(), filled.model.rotary()
+    assert table.dtype == torch.float32 and table.device == expected.device
+    torch.testing.assert_close(table, expected, rtol=0, atol=1e-6)
+    assert all(torch.equal(x, filled.state_dict()[name]) for name, x in model.state_dict().items())
+    assert {p.dtype for n, p in model.named_parameters() if "fusion" in n} == {torch.float32}
+
+
+def test_a_half_precision_default_dtype(device):
+    torch.manual_seed(1)
+    config = tiny.config("fusedkv", head_dim=64, tie_word_embeddings=True)
+    usual = FusedKVForCausalLM(config)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = FusedKVForCausalLM(config).to(device)
+        assert model.dtype == torch.bfloat16
+        assert {p.dtype for n, p in model.named_parameters() if "fusion" in n} == {torch.float32}
+        assert torch.equal(model.model.rotary().cpu(), usual.model.rotary())
+        model.load_state_dict(usual.state_dict())
+        prompts = tiny.prompts(7, 3)
+        tokens = generate(model, prompts, 4).tokens
+        train(model, steps=1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert tokens == generate(usual.to(device, torch.bfloat16), prompts, 4).tokens
+
+
+@every_plan
+def test_autocast_changes_nothing_with_a_cache(device, plan):
+    model, prompts = tiny.model(plan, torch.float32, device), tiny.prompts(9, 4)
+    outputs = []
+    for enabled in (False, True):
+        with torch.autocast(device, dtype=torch.float16, enabled=enabled):
+            cache = model.new_cache(8, page_size=4, max_batch=2)
+            rows = cache.add([12, 8])
+            first = model.prefill(cache, rows, prompts, chunk=5)
+            outputs.append((first, model.decode(cache, rows, first.argmax(-1))))
+    for outside, inside in zip(*outputs, strict=True):
+        assert inside.dtype == model.dtype and torch.equal(outside, inside)
 
 
 @every_plan
@@ -311,6 +409,18 @@ def test_bad_checkpoints_name_every_tensor(tmp_path):
         "model.layers.3.attention.fusion.key: expected shape [2, 2, 8], got [2, 2, 16]",
     ):
         assert part in str(error.value)
+
+    model.save_pretrained(tmp_path)
+    good = load_file(weights)
+    name = "model.layers.1.attention.q_norm.weight"
+    for dtype in (torch.int64, torch.float16, torch.float8_e4m3fn):
+        save_file({**good, name: good[name].to(dtype)}, weights)
+        with pytest.raises(ValueError, match=re.escape(name)):
+            FusedKVForCausalLM.from_pretrained(tmp_path)
+    name = "model.layers.4.attention.fusion.key"
+    save_file({**good, name: good[name].int()}, weights)
+    with pytest.raises(ValueError, match=re.escape(name) + ": expected a floating dtype"):
+        FusedKVForCausalLM.from_pretrained(tmp_path)
 
     weights.write_bytes(b"pickle me")
     with pytest.raises(ValueError, match=r"model\.safetensors: expected a safetensors file"):

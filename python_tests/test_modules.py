@@ -45,8 +45,24 @@ def test_kinds_of_weights():
     assert value is None and key.is_contiguous()
     assert torch.equal(key, torch.tensor([0.0, 0.0, 1.0])[:, None, None].expand(3, HKV, D))
     assert list(FusionWeights(1, 1, HKV, D, "none", "none").parameters()) == []
-    with pytest.raises(ValueError, match="head_dim: expected an even number, got 15"):
-        FusionWeights(2, 2, HKV, 15)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ((2, 2, HKV, 15), "head_dim: expected a positive even number, got 15"),
+        ((2, 2, 0, D), "num_kv_heads: expected 1 or more, got 0"),
+        ((0, 2, HKV, D), "num_key_sources: expected 1 to 8 with channel weights, got 0"),
+        ((2, 9, HKV, D), "num_value_sources: expected 1 to 8 with channel weights, got 9"),
+        ((2, 1, HKV, D, "none", "none"), "num_key_sources: expected 1 to 1 with none weights, got 2"),
+        ((1, 2, HKV, D, "none", "none"), "num_value_sources: expected 1 to 1 with none weights, got 2"),
+        ((2, 2, HKV, D, "vector"), "key_weights: expected none or scalar or channel, got 'vector'"),
+        ((2, 2, HKV, D, "scalar", None), "value_weights: expected none or scalar or channel, got None"),
+    ],
+)
+def test_fusion_weights_refuse(args, message):
+    with pytest.raises(ValueError, match="FusionWeights: " + message):
+        FusionWeights(*args)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -73,6 +89,15 @@ def test_fusion_weights_stay_float32():
         convert()
         assert fusion.key.dtype == torch.float32 and torch.equal(fusion.key, before)
     assert fusion.double().key.dtype == torch.float64
+
+
+def test_fusion_weights_are_float32_under_any_default_dtype():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        fusions = FusionWeights(2, 2, HKV, D), FusionWeights(2, 2, HKV, D, "scalar", "scalar")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {x.dtype for fusion in fusions for x in (*fusion.parameters(), *fusion())} == {torch.float32}
 
 
 def stack_of_fusion(num_layers: int) -> list[FusionWeights]:
@@ -114,6 +139,14 @@ def test_equivalent_initialisation_is_the_unrolled_iterative_form():
         before = carry * before + extra * v1
         value = fusion()[1]
         torch.testing.assert_close(value[0] * v1 + value[1] * vn, before)
+
+
+def test_an_unknown_initialisation_changes_nothing():
+    stack = stack_of_fusion(2)
+    before = [p.clone() for fusion in stack for p in fusion.parameters()]
+    with pytest.raises(ValueError, match=r"initialise_fusion: kind: expected standard or .*got 'zeros'"):
+        initialise_fusion(stack, "zeros")
+    assert all(map(torch.equal, before, (p for fusion in stack for p in fusion.parameters())))
 
 
 def test_rope_table_layout_and_precision():
@@ -218,8 +251,61 @@ def test_modules_alone_learn_and_agree_with_the_cache(device, interleaved, kv_he
         assert_close_2x(torch.cat(outputs), whole[0], made(x, table)[0], absolute=1e-12)
 
 
-def test_attention_refuses_bad_head_counts():
-    with pytest.raises(ValueError, match=r"StorageAttention: num_heads: expected a multiple .* 3, got 4"):
-        StorageAttention(32, 4, 3, D)
-    with pytest.raises(ValueError, match=r"ReconstructionAttention: head_dim: .*even number, got 7"):
-        ReconstructionAttention(32, 4, 2, 7, LayerPlan((0,), (0,)))
+PLAN = LayerPlan((0, 1), (0, 1), "channel", "channel")
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (
+            lambda: StorageAttention(32, 4, 3, D),
+            "StorageAttention: num_heads: expected a multiple .* 3, got 4",
+        ),
+        (lambda: StorageAttention(32, 0, 2, D), "StorageAttention: num_heads: expected .*got 0"),
+        (lambda: StorageAttention(32, 4, 0, D), "StorageAttention: num_.*heads: expected "),
+        (lambda: StorageAttention(0, 4, 2, D), "StorageAttention: hidden_size: expected .*got 0"),
+        (lambda: StorageAttention(32, 4, 2, D, window=-1), "StorageAttention: window: expected .*got -1"),
+        (
+            lambda: ReconstructionAttention(32, 4, 2, 7, PLAN),
+            "ReconstructionAttention: head_dim: .*even number, got 7",
+        ),
+        (lambda: ReconstructionAttention(32, 0, 2, D, PLAN), "ReconstructionAttention: num_heads: .*got 0"),
+    ],
+)
+def test_attention_refuses_bad_sizes(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    "change, argument",
+    [
+        (dict(x=torch.zeros(2, 9, 32)), "cos_sin"),  # longer than the table
+        (dict(x=torch.zeros(2, 5, 31)), "x"),
+        (dict(x=torch.zeros(5, 32)), "x"),
+        (dict(cos_sin=rope_table(D + 2, 8)), "cos_sin"),
+        (dict(cos_sin=rope_table(D // 2, 8)), "cos_sin"),
+        (dict(bad=None), r"sources\[1\]"),
+        (dict(bad=torch.zeros(2, 4, 2, D)), r"sources\[1\]"),
+        (dict(bad=torch.zeros(1, 5, 2, D)), r"sources\[1\]"),
+        (dict(bad=torch.zeros(2, 5, 1, D)), r"sources\[1\]"),
+        (dict(bad=torch.zeros(2, 5, 2, 2 * D)), r"sources\[1\]"),
+    ],
+)
+def test_attention_refuses_inputs_that_do_not_fit(change, argument):
+    good = torch.zeros(2, 5, 2, D)
+    inputs = dict(x=torch.zeros(2, 5, 32), cos_sin=rope_table(D, 8), bad=good)
+
+    def storage(x, cos_sin, bad):
+        StorageAttention(32, 4, 2, D)(x, cos_sin)
+
+    def reconstruction(x, cos_sin, bad):
+        sources = {0: (good, good)} if bad is None else {0: (good, good), 1: (good, bad)}
+        ReconstructionAttention(32, 4, 2, D, PLAN)(x, cos_sin, sources)
+
+    calls = {"StorageAttention": storage, "ReconstructionAttention": reconstruction}
+    for name, call in calls.items():
+        call(**inputs)
+        if name == "ReconstructionAttention" or "bad" not in change:
+            with pytest.raises(ValueError, match=f"{name}: {argument}: expected "):
+                call(**{**inputs, **change})

@@ -79,17 +79,58 @@ OWN = LayerPlan((0,), (0,))
             lambda: CrossLayerPlan("x", (OWN, LayerPlan((1,), (1,)), LayerPlan((0, 1), (0,)))),
             "layer 2 key_sources: expected one layer when the weights are none",
         ),
-        (lambda: CrossLayerPlan.fusedkv(8, n=8), "n: expected 2 to 7 of 8 layers, got 8"),
-        (lambda: CrossLayerPlan.fusedkv(2), "n: expected 2 to 1 of 2 layers, got 1"),
-        (lambda: CrossLayerPlan.cla(8, factor=0), "factor: expected 1 or more, got 0"),
+        (lambda: CrossLayerPlan.fusedkv(8, n=8), "n: expected an integer from 2 to 7, got 8"),
+        (lambda: CrossLayerPlan.fusedkv(2), "num_layers: expected an integer of at least 3, got 2"),
+        (lambda: CrossLayerPlan.cla(8, factor=0), "factor: expected an integer of at least 1, got 0"),
         (lambda: CrossLayerPlan.dense_fusion(32), "expected 1 to 8 different layers"),
         (lambda: CrossLayerPlan.from_dict({"name": "x"}), "expected an object with name and layers"),
         (
             lambda: CrossLayerPlan.from_dict({"name": "x", "layers": [{"key_sources": [0]}]}),
             "layer 0: expected the fields",
         ),
+        (lambda: CrossLayerPlan.fusedkv(8, n=4.0), r"n: expected an integer from 2 to 7, got 4\.0"),
+        (lambda: CrossLayerPlan.vanilla("4"), "num_layers: expected an integer of at least 1, got '4'"),
+        (lambda: CrossLayerPlan("x", (LayerPlan([0], (0,)),)), r"layer 0 key_sources: expected .*got \[0\]"),
+        (
+            lambda: CrossLayerPlan("x", (LayerPlan(("0",), (0,)),)),
+            r"layer 0 key_sources: expected a tuple of layer numbers, got \('0',\)",
+        ),
+        (
+            lambda: CrossLayerPlan("x", (LayerPlan((0.0,), (0,)),)),
+            r"layer 0 key_sources: expected a tuple of layer numbers, got \(0\.0,\)",
+        ),
     ],
 )
 def test_bad_plans_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (None, "config: expected an object with name and layers, got None"),
+        ([1], "config: expected an object with name and layers"),
+        ({"name": "x", "layers": 3}, "layers: expected a list, got 3"),
+        ({"name": "x", "layers": ["key_sources"]}, "layer 0: expected the fields"),
+        ({"name": "x", "layers": [None]}, "layer 0: expected the fields"),
+        ({"name": 5}, "name: expected "),
+        ({"key_sources": 0}, "layer 1 key_sources: expected a list of layers, got 0"),
+        ({"value_sources": None}, "layer 1 value_sources: expected a list of layers, got None"),
+        ({"value_sources": "0"}, "layer 1 value_sources: expected "),
+        ({"key_sources": [0.0]}, "layer 1 key_sources: expected "),
+        ({"key_sources": [None]}, "layer 1 key_sources: expected "),
+        ({"key_sources": [[0]]}, "layer 1 key_sources: expected "),
+        ({"key_weights": 1}, "layer 1 key_weights: expected none or scalar or channel, got 1"),
+        ({"value_weights": ["scalar"]}, "layer 1 value_weights: expected none or scalar or channel"),
+    ],
+)
+def test_dicts_of_other_types_are_refused(values, message):
+    if isinstance(values, dict) and "layers" not in values:  # a change of one field of a good plan
+        good = CrossLayerPlan.yoco(2).to_dict()
+        if "name" in values:
+            values = {**good, **values}
+        else:
+            values = {**good, "layers": [good["layers"][0], {**good["layers"][1], **values}]}
+    with pytest.raises(ValueError, match="plan: " + message):
+        CrossLayerPlan.from_dict(values)

@@ -19,10 +19,18 @@ SCALINGS = {
         "original_max_position_embeddings": 32,
     },
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    "yarn with every option": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+        "attention_factor": 1.3,
+        "beta_fast": 4.0,  # of other channels than the defaults 32 and 1
+        "beta_slow": 0.5,
+    },
 }
 
 
-def peer(kind="qwen3", scaling="default", tied=False, device="cpu"):
+def peer(kind="qwen3", scaling="default", tied=False, device="cpu", **options):
     config_class, model_class = {
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
         "llama": (LlamaConfig, LlamaForCausalLM),
@@ -39,6 +47,7 @@ def peer(kind="qwen3", scaling="default", tied=False, device="cpu"):
         tie_word_embeddings=tied,
         rope_parameters={"rope_theta": 5000.0, **SCALINGS[scaling]},
         attn_implementation="eager",
+        **options,
     )
     model = model_class(config).eval()
     with torch.no_grad():
@@ -66,6 +75,51 @@ def test_float32_logits(tmp_path, kind, tied, scaling):
     same, exact = logits_of(theirs, ids), logits_of(theirs.double(), ids)
     with torch.no_grad():
         assert_close_2x(ours(ids), exact, same)
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("qwen3", {"rms_norm_eps": 1e-2}),
+        ("llama", {"rms_norm_eps": 1e-2}),
+        (
+            "qwen3",
+            {
+                "use_sliding_window": True,
+                "sliding_window": 7,
+                "max_window_layers": 0,
+                "layer_types": ["sliding_attention"] * 3,
+            },
+        ),
+    ],
+    ids=["qwen3-eps", "llama-eps", "window"],
+)
+def test_options(tmp_path, kind, options):
+    ids = torch.randint(0, 97, (2, 40))
+    theirs = peer(kind, **options)
+    theirs.save_pretrained(tmp_path)
+    ours = FusedKVForCausalLM.from_hf(tmp_path)
+    same, exact = logits_of(theirs, ids), logits_of(theirs.double(), ids)
+    plain = peer(kind).double()
+    plain.load_state_dict(theirs.state_dict())
+    assert (logits_of(plain, ids) - exact).abs().max() > 1e-3, "the option makes no difference here"
+    with torch.no_grad():
+        assert_close_2x(ours(ids), exact, same)
+        cache = ours.new_cache(20, max_batch=2)
+        rows = cache.add([40, 40])
+        assert_close_2x(torch.stack(ours.prefill(cache, rows, list(ids), 9, all_logits=True)), exact, same)
+
+
+def test_a_tied_matrix_may_be_there_twice(tmp_path):
+    theirs = peer(tied=True)
+    theirs.save_pretrained(tmp_path)
+    once = FusedKVForCausalLM.from_hf(tmp_path).state_dict()
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    twice = FusedKVForCausalLM.from_hf(tmp_path).state_dict()
+    assert once.keys() == twice.keys() and all(torch.equal(once[name], x) for name, x in twice.items())
 
 
 def test_bfloat16_logits(device, tmp_path):
@@ -129,3 +183,23 @@ def test_bad_state_dicts_name_every_tensor(tmp_path):
     (tmp_path / "config.json").write_text(theirs.config.to_json_string())
     with pytest.raises(FileNotFoundError, match=r"at least one \.safetensors file"):
         FusedKVForCausalLM.from_hf(tmp_path)
+
+
+def test_bad_files_are_named(tmp_path):
+    theirs = peer()
+    theirs.save_pretrained(tmp_path)
+    good = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    for dtype in (torch.int8, torch.bfloat16):
+        save_file({**good, name: good[name].to(dtype)}, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=r"layers\.1\.mlp\.(gate_)?up_proj\.weight"):
+            FusedKVForCausalLM.from_hf(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"PK\x03\x04 a pickle")
+    with pytest.raises(ValueError, match=r"model\.safetensors: expected a safetensors file, got ") as error:
+        FusedKVForCausalLM.from_hf(tmp_path)
+    assert str(tmp_path) in str(error.value)
+    for text, message in (("{", "expected JSON, got "), ("[]", "expected a JSON object, got list")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=message) as error:
+            FusedKVForCausalLM.from_hf(tmp_path)
+        assert str(tmp_path / "config.json") in str(error.value)

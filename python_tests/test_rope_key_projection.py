@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import assert_close_2x
-from rope_cases import FP8, cos_sin_table, finish_heads, make_caches, make_positions, written
+from rope_cases import FP8, change_indices, cos_sin_table, finish_heads, make_caches, make_positions, written
 
 from fusedkv_ext import ops
 
@@ -99,16 +99,16 @@ def write_oracle(inputs: dict, product: torch.dtype, wide: torch.dtype) -> dict[
     return results | {"k_cache": in_cache("k", k), "v_cache": in_cache("v", v.to(wide))}
 
 
-def check_plain(inputs: dict) -> None:
-    out = ops.rope_key_projection(**inputs)
+def check_plain(inputs: dict, call=ops.rope_key_projection) -> None:
+    out = call(**inputs)
     dtype = inputs["x"].dtype
     exact = plain_oracle(inputs, torch.float64, torch.float64)
     assert out.dtype == dtype and out.is_contiguous()
     assert_close_2x(out, exact, plain_oracle(inputs, dtype, torch.float32).to(dtype))
 
 
-def check_write(inputs: dict) -> None:
-    ops.rope_key_projection_write(**inputs)
+def check_write(inputs: dict, call=ops.rope_key_projection_write) -> None:
+    call(**inputs)
     exact = write_oracle(inputs, torch.float64, torch.float64)
     rounded = write_oracle(inputs, inputs["x"].dtype, torch.float32)
     for name, want in exact.items():
@@ -251,25 +251,29 @@ def test_gradcheck(norm, bias, interleaved):
     assert torch.autograd.gradcheck(f, leaves)
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16])
-@pytest.mark.parametrize("norm", [False, True])
-def test_gradients_match_float64_autograd(device, dtype, norm):
-    inputs = make_plain(device, dtype, tokens=67, hidden=136, norm=norm)
-    inputs["positions"] = inputs["positions"].clamp(0, 49)
-    names = [n for n in ("x", "weight", "norm", "bias") if inputs[n] is not None]
-    grad = torch.randn(67, 3, 64).to(device, dtype)
+def check_gradients(inputs: dict, grad: torch.Tensor, call=ops.rope_key_projection) -> None:
+    dtype = grad.dtype
 
     def gradients(f, to):
+        names = [n for n in ("x", "weight", "norm", "bias") if inputs[n] is not None]
         leaves = {n: inputs[n].detach().to(to).requires_grad_() for n in names}
         out = f(inputs | leaves)
         return torch.autograd.grad(out, list(leaves.values()), grad.to(out.dtype))
 
-    actual = gradients(lambda a: ops.rope_key_projection(**a), dtype)
+    actual = gradients(lambda a: call(**a), dtype)
     exact = gradients(lambda a: plain_oracle(a, torch.float64, torch.float64), torch.float64)
     rounded = gradients(lambda a: plain_oracle(a, dtype, torch.float32).to(dtype), dtype)
     for a, e, r in zip(actual, exact, rounded, strict=True):
         assert a.dtype == dtype
         assert_close_2x(a, e, r)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("norm", [False, True])
+def test_gradients_match_float64_autograd(device, dtype, norm):
+    inputs = make_plain(device, dtype, tokens=67, hidden=136, norm=norm)
+    inputs["positions"] = inputs["positions"].clamp(0, 49)
+    check_gradients(inputs, torch.randn(67, 3, 64).to(device, dtype))
 
 
 def test_opcheck(device):
@@ -311,6 +315,62 @@ def test_write_compiles_without_graph_breaks(device):
     torch.compile(ops.rope_key_projection_write, fullgraph=True, backend=backend)(**compiled)
     for name in ("q_out", "k_cache", "v_cache"):
         assert torch.equal(eager[name].nan_to_num(9.0), compiled[name].nan_to_num(9.0))
+
+
+def captured(op, inputs: dict):
+    """A call with `inputs` that replays one captured graph."""
+    op(**inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = op(**inputs)
+
+    def replay(**same):
+        assert all(same[name] is x for name, x in inputs.items())
+        graph.replay()
+        return out
+
+    return replay
+
+
+def recompiled(op, inputs: dict):
+    return torch.compile(op, fullgraph=True, mode="reduce-overhead")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("tokens", [3, 130])
+@pytest.mark.parametrize("repeat", [captured, recompiled])
+def test_repeated_calls_read_new_positions(repeat, tokens):
+    inputs = make_plain("cuda", tokens=tokens)
+    call = repeat(ops.rope_key_projection, inputs)
+    for _ in range(4):
+        change_indices(inputs)
+        inputs["x"].copy_(torch.randn(tokens, 72))
+        check_plain(inputs, call)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("tokens", [3, 130])
+@pytest.mark.parametrize("repeat", [captured, recompiled])
+def test_repeated_writes_read_new_positions_and_slots(repeat, tokens):
+    inputs = make_write("cuda", tokens=tokens)
+    call = repeat(ops.rope_key_projection_write, inputs)
+    for _ in range(4):
+        change_indices(inputs)
+        inputs["x"].copy_(torch.randn(tokens, 72))
+        for name in ("q_out", "k_cache", "v_cache"):
+            inputs[name].fill_(float("nan"))
+        check_write(inputs, call)
+
+
+@pytest.mark.cuda
+def test_gradients_with_reduce_overhead():
+    inputs = make_plain("cuda", tokens=20)
+    inputs["positions"].clamp_(0, 49)
+    compiled = torch.compile(ops.rope_key_projection, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):
+        change_indices(inputs)
+        torch.compiler.cudagraph_mark_step_begin()
+        check_gradients(inputs, torch.randn(20, 3, 64).to("cuda", BF16), compiled)
 
 
 BAD_PLAIN = {

@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import assert_close_2x
-from rope_cases import FP8, cos_sin_table, finish_heads, make_caches, make_positions, written
+from rope_cases import FP8, change_indices, cos_sin_table, finish_heads, make_caches, make_positions, written
 
 from fusedkv_ext import ops
 
@@ -166,22 +166,34 @@ def test_compiles_without_graph_breaks(device):
         assert torch.equal(eager[name].nan_to_num(9.0), compiled[name].nan_to_num(9.0))
 
 
+def check_repeated(inputs: dict, call) -> None:
+    """Call it with other positions and slots in the same tensors, on caches that are NaN again each time."""
+    for _ in range(4):
+        change_indices(inputs)
+        for name in ("q_out", "k_cache", "v_cache"):
+            inputs[name].fill_(float("nan"))
+        call()
+        exact, rounded = expected(inputs, torch.float64), expected(inputs, torch.float32)
+        for name, want in exact.items():
+            assert_close_2x(inputs[name], want, rounded[name].to(inputs[name].dtype))
+
+
 @pytest.mark.cuda
-def test_graph_replay_reads_new_positions_and_slots():
-    inputs = make_inputs("cuda")
-    caches = [inputs["k_cache"], inputs["v_cache"]]
+@pytest.mark.parametrize("scales", [False, True])
+def test_graph_replay_reads_new_positions_and_slots(scales):
+    inputs = make_inputs("cuda", cache_dtype=FP8 if scales else None, scales=scales)
     ops.rope_write_kv(**inputs)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         ops.rope_write_kv(**inputs)
-    for cache in caches:
-        cache.fill_(float("nan"))
-    inputs["positions"].copy_(inputs["positions"].flip(0).clone())
-    inputs["slot_mapping"].copy_(inputs["slot_mapping"].flip(0).clone())
-    graph.replay()
-    exact, rounded = expected(inputs, torch.float64), expected(inputs, torch.float32)
-    for name, want in exact.items():
-        assert_close_2x(inputs[name], want, rounded[name].to(BF16))
+    check_repeated(inputs, graph.replay)
+
+
+@pytest.mark.cuda
+def test_compile_reduce_overhead():
+    inputs = make_inputs("cuda")
+    compiled = torch.compile(ops.rope_write_kv, fullgraph=True, mode="reduce-overhead")
+    check_repeated(inputs, lambda: compiled(**inputs))
 
 
 @pytest.mark.cuda

@@ -18,6 +18,7 @@ def config(plan="fusedkv", **overrides) -> FusedKVConfig:
         num_kv_heads=2,
         head_dim=16,
         max_position_embeddings=128,
+        rms_norm_eps=0.1,  # an epsilon that is not passed on shows
         fusion_init="standard",
     )
     return FusedKVConfig.from_dict({**values, "plan": plan, **overrides})
@@ -32,7 +33,9 @@ def model(plan="fusedkv", dtype=torch.float64, device="cpu", **overrides) -> Fus
         for name, parameter in made.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.uniform_(0.5, 1.5)
-            elif "fusion" not in name:
+            elif "fusion" in name:
+                parameter.normal_()
+            else:
                 parameter.mul_(6)
     return made.to(device=device, dtype=dtype)
 
@@ -48,4 +51,5 @@ def poison(cache) -> None:
 
 
 PLANS = {name: CrossLayerPlan.named(name, LAYERS) for name in PLAN_NAMES}
+PLANS["fusedkv_lite_1"] = CrossLayerPlan.fusedkv_lite(LAYERS, n=1)  # the others store half of the layers
 PLANS["layer_types"] = CrossLayerPlan.from_layer_types("0_1_0_3_1_3")

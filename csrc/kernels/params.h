@@ -42,14 +42,12 @@ struct WriteKvParams {
   const float* v_scale;         // [Hkv, D] or null
 };
 
-// RMSNorm over each head of q and k, RoPE of q and k, and the cache write of k and v.
-struct RopeWriteKvParams {
-  DType dtype, cache_dtype;
-  int64_t num_tokens;
+// What the heads of a projection go through: RMSNorm over each q and k head, RoPE of q and k, the store of q
+// and the cache write of k and v. Heads come in the order q (Hq), k (Hkv), v (Hkv).
+struct HeadOutputs {
+  DType cache_dtype;                        // that of the projection, or e4m3
   int num_q_heads, num_kv_heads, head_dim;  // num_kv_heads == 0: only q, no cache
-  const void* qkv;                          // [T, Hq + 2 * Hkv, D], heads and channels contiguous
-  int64_t qkv_token_stride;
-  void* q_out;  // [T, Hq, D] contiguous; null when num_q_heads == 0
+  void* q_out;                              // [T, Hq, D] contiguous; null when num_q_heads == 0
   PagedCache k_cache, v_cache;
   CacheGeometry cache;
   const int64_t* slot_mapping;  // [T]
@@ -65,31 +63,24 @@ struct RopeWriteKvParams {
   const float* v_scale;  // [Hkv, D] or null
 };
 
-// x @ weight^T (+ bias), then per head what RopeWriteKvParams says. Rows of weight are heads in the order
-// q (Hq), k (Hkv), v (Hkv). With num_kv_heads == 0 every head is a q head.
-struct RopeKeyProjectionParams {
-  DType dtype, cache_dtype;
+struct RopeWriteKvParams {
+  DType dtype;
   int64_t num_tokens;
-  int hidden;  // K of the product, a multiple of 8
-  int num_q_heads, num_kv_heads, head_dim;
+  const void* qkv;  // [T, Hq + 2 * Hkv, D], heads and channels contiguous
+  int64_t qkv_token_stride;
+  HeadOutputs heads;
+};
+
+// x @ weight^T (+ bias) makes the heads.
+struct RopeKeyProjectionParams {
+  DType dtype;
+  int64_t num_tokens;
+  int hidden;          // K of the product, a multiple of 8
   const void* x;       // [T, hidden]
   int64_t x_stride;    // between rows
   const void* weight;  // [(Hq + 2 * Hkv) * D, hidden] contiguous
   const void* bias;    // [(Hq + 2 * Hkv) * D] or null
-  void* q_out;         // [T, Hq, D] contiguous; null when num_q_heads == 0
-  PagedCache k_cache, v_cache;
-  CacheGeometry cache;
-  const int64_t* slot_mapping;  // [T]
-  const void* positions;        // [T], int32 or int64
-  bool positions_are_int64;
-  const float* cos_sin;  // [max_positions, D]
-  int64_t max_positions;
-  const void* q_norm;  // [D] of dtype, or null
-  const void* k_norm;  // [D] of dtype, or null
-  float eps;
-  bool interleaved;
-  const float* k_scale;  // [Hkv, D] or null
-  const float* v_scale;  // [Hkv, D] or null
+  HeadOutputs heads;
 };
 
 // One side (keys or values) of fuse_kv: out = sum_s weights[s] * sources[s], channel by channel.

@@ -105,12 +105,12 @@ __global__ void __launch_bounds__(kProjectionThreads)
   if (threadIdx.x < kRows) {
     const int64_t token = row0 + threadIdx.x;
     const bool present = token < p.num_tokens;
-    const int64_t position = present ? load_position(p, token) : -1;
+    const int64_t position = present ? load_position(p.heads, token) : -1;
     positions[threadIdx.x] = position;
-    slots[threadIdx.x] = present ? load_slot(p, token, position) : -1;
+    slots[threadIdx.x] = present ? load_slot(p.heads, token, position) : -1;
   }
 
-  const int num_heads = p.num_q_heads + 2 * p.num_kv_heads;
+  const int num_heads = p.heads.num_q_heads + 2 * p.heads.num_kv_heads;
   const int k_tiles = (p.hidden + kProjectionDepth - 1) / kProjectionDepth;
   const uint32_t ring = smem_address(smem);
   const auto load = [&](int k_tile) {
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kProjectionThreads)
         part.first.x[i] += bias_first.x[i];
         part.second.x[i] += bias_second.x[i];
       }
-      finish_head<T>(p, part, token, head, positions[row], slots[row], head_lane);
+      finish_head<T>(p.heads, part, token, head, positions[row], slots[row], head_lane);
     }
   }
 }
@@ -215,7 +215,7 @@ cudaError_t launch_projection_tile(const RopeKeyProjectionParams& p, cudaStream_
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSmemBytes);
   if (error != cudaSuccess) return error;
-  const int64_t cols = int64_t{p.num_q_heads + 2 * p.num_kv_heads} * D;
+  const int64_t cols = int64_t{p.heads.num_q_heads + 2 * p.heads.num_kv_heads} * D;
   const int64_t row_tiles = (p.num_tokens + kRows - 1) / kRows;
   const int64_t col_tiles = (cols + Shape::kCols - 1) / Shape::kCols;
   kernel<<<static_cast<unsigned>(row_tiles * col_tiles), kProjectionThreads, Shape::kSmemBytes, stream>>>(
@@ -225,7 +225,7 @@ cudaError_t launch_projection_tile(const RopeKeyProjectionParams& p, cudaStream_
 
 template <class T, int D>
 cudaError_t launch_rope_key_projection(const RopeKeyProjectionParams& p, cudaStream_t stream) {
-  if (p.num_tokens == 0 || p.num_q_heads + 2 * p.num_kv_heads == 0) return cudaSuccess;
+  if (p.num_tokens == 0 || p.heads.num_q_heads + 2 * p.heads.num_kv_heads == 0) return cudaSuccess;
   switch (projection_rows(p.num_tokens)) {
     case 16:
       return launch_projection_tile<T, D, 16>(p, stream);

@@ -82,6 +82,32 @@ inline std::string shape_name(at::IntArrayRef shape) {
   return out.str();
 }
 
+// For dtypes that a check has let through.
+inline DType kernel_dtype(const at::Tensor& x) {
+  if (x.scalar_type() == at::kHalf) return DType::kF16;
+  return x.scalar_type() == at::kBFloat16 ? DType::kBF16 : DType::kE4M3;
+}
+
+// Elements of a schedule: see AttentionScheduleParams.
+inline int64_t schedule_entries(int64_t batch, int64_t num_query_tokens, int64_t num_q_heads,
+                                int64_t num_kv_heads) {
+  const int64_t rows = num_q_heads / num_kv_heads * num_query_tokens;
+  return batch + 1 + batch * num_kv_heads * ((rows + kBlockRows - 1) / kBlockRows);
+}
+
+inline PagedCache paged_cache(const at::Tensor& cache) {
+  return {cache.data_ptr(), cache.stride(0), cache.stride(1), cache.stride(2)};
+}
+
+inline CacheGeometry cache_geometry(const at::Tensor& cache) {
+  return {cache.size(0), static_cast<int>(cache.size(1))};
+}
+
+template <class T = void>
+const T* data_or_null(const OptionalTensor& x) {
+  return x ? static_cast<const T*>(x->data_ptr()) : nullptr;
+}
+
 // Checks of one call of one op; every tensor must be on the device of `first`.
 class Checker {
  public:
@@ -173,34 +199,47 @@ class Checker {
     return cos_sin.size(1);
   }
 
-  // The outputs of a packed projection of `num_heads` heads, which `packed` ("qkv" or "weight") holds.
-  void projection_outputs(const char* packed, int64_t num_heads, int64_t tokens, int64_t d,
-                          const at::Tensor& like, const OptionalTensor& q_out, const OptionalTensor& k_cache,
-                          const OptionalTensor& v_cache, const OptionalTensor& slot_mapping,
-                          const OptionalTensor& k_scale, const OptionalTensor& v_scale) const {
-    int64_t num_q = 0, num_kv = 0;
+  // Checks the outputs of a packed projection of `num_heads` heads, which `packed` ("qkv" or "weight") holds,
+  // and fills those fields.
+  HeadOutputs head_outputs(const char* packed, int64_t num_heads, int64_t tokens, int64_t d,
+                           const at::Tensor& like, const OptionalTensor& q_out, const OptionalTensor& k_cache,
+                           const OptionalTensor& v_cache, const OptionalTensor& slot_mapping,
+                           const OptionalTensor& k_scale, const OptionalTensor& v_scale) const {
+    HeadOutputs heads{};
+    heads.cache_dtype = kernel_dtype(like);
+    heads.head_dim = static_cast<int>(d);
     if (q_out) {
       tensor("q_out", *q_out, like.scalar_type(), {tokens, kAny, d});
       contiguous("q_out", *q_out);
       aligned("q_out", *q_out);
-      num_q = q_out->size(1);
+      heads.num_q_heads = static_cast<int>(q_out->size(1));
+      heads.q_out = q_out->mutable_data_ptr();
     }
     const int given = k_cache.has_value() + v_cache.has_value() + slot_mapping.has_value();
     FUSEDKV_EXPECT(op, given == 0 || given == 3, "k_cache, v_cache, slot_mapping", "all or none of them",
                    c10::str(given, " of 3"));
     if (k_cache) {
       FUSEDKV_EXPECT(op, k_cache->dim() == 4, "k_cache", "4 dimensions", k_cache->dim());
-      num_kv = k_cache->size(2);
+      const int64_t num_kv = k_cache->size(2);
       cache("k_cache", *k_cache, num_kv, d, like, *k_cache);
       cache("v_cache", *v_cache, num_kv, d, like, *k_cache);
       tensor("slot_mapping", *slot_mapping, kInt64, {tokens});
       scale("k_scale", k_scale, num_kv, d);
       scale("v_scale", v_scale, num_kv, d);
+      heads.cache_dtype = kernel_dtype(*k_cache);
+      heads.num_kv_heads = static_cast<int>(num_kv);
+      heads.k_cache = paged_cache(*k_cache);
+      heads.v_cache = paged_cache(*v_cache);
+      heads.cache = cache_geometry(*k_cache);
+      heads.slot_mapping = slot_mapping->const_data_ptr<int64_t>();
+      heads.k_scale = data_or_null<float>(k_scale);
+      heads.v_scale = data_or_null<float>(v_scale);
     }
-    FUSEDKV_EXPECT(
-        op, num_heads == num_q + 2 * num_kv, packed,
-        c10::str(num_q, " (q_out) + 2 * ", num_kv, " (k_cache, v_cache) heads of ", d, " channels"),
-        c10::str(num_heads, " heads"));
+    FUSEDKV_EXPECT(op, num_heads == int64_t{heads.num_q_heads} + 2 * int64_t{heads.num_kv_heads}, packed,
+                   c10::str(heads.num_q_heads, " (q_out) + 2 * ", heads.num_kv_heads,
+                            " (k_cache, v_cache) heads of ", d, " channels"),
+                   c10::str(num_heads, " heads"));
+    return heads;
   }
 
   const char* const op;
@@ -209,30 +248,18 @@ class Checker {
   at::Device device_;
 };
 
-// For dtypes that a check has let through.
-inline DType kernel_dtype(const at::Tensor& x) {
-  if (x.scalar_type() == at::kHalf) return DType::kF16;
-  return x.scalar_type() == at::kBFloat16 ? DType::kBF16 : DType::kE4M3;
-}
-
-// Elements of a schedule: see AttentionScheduleParams.
-inline int64_t schedule_entries(int64_t batch, int64_t num_query_tokens, int64_t num_q_heads,
-                                int64_t num_kv_heads) {
-  const int64_t rows = num_q_heads / num_kv_heads * num_query_tokens;
-  return batch + 1 + batch * num_kv_heads * ((rows + kBlockRows - 1) / kBlockRows);
-}
-
-inline PagedCache paged_cache(const at::Tensor& cache) {
-  return {cache.data_ptr(), cache.stride(0), cache.stride(1), cache.stride(2)};
-}
-
-inline CacheGeometry cache_geometry(const at::Tensor& cache) {
-  return {cache.size(0), static_cast<int>(cache.size(1))};
-}
-
-template <class T = void>
-const T* data_or_null(const OptionalTensor& x) {
-  return x ? static_cast<const T*>(x->data_ptr()) : nullptr;
+// Fills the inputs of norm and RoPE, once `Checker::rope` and `Checker::norm` have let them through.
+inline void fill_rope(HeadOutputs& heads, const at::Tensor& positions, const at::Tensor& cos_sin,
+                      const OptionalTensor& q_norm, const OptionalTensor& k_norm, double eps,
+                      bool interleaved) {
+  heads.positions = positions.const_data_ptr();
+  heads.positions_are_int64 = positions.scalar_type() == at::kLong;
+  heads.cos_sin = cos_sin.const_data_ptr<float>();
+  heads.max_positions = cos_sin.size(0);
+  heads.q_norm = data_or_null(q_norm);
+  heads.k_norm = data_or_null(k_norm);
+  heads.eps = static_cast<float>(eps);
+  heads.interleaved = interleaved;
 }
 
 // Turns what a run_* function returned into an error.

@@ -30,27 +30,18 @@ int64_t check_inputs(const Checker& check, const at::Tensor& x, const at::Tensor
   return d;
 }
 
-// Fills what both ops have in common, with checked inputs.
-RopeKeyProjectionParams input_params(const at::Tensor& x, const at::Tensor& weight,
-                                     const at::Tensor& positions, const at::Tensor& cos_sin, double eps,
-                                     const OptionalTensor& bias, bool interleaved) {
-  RopeKeyProjectionParams params{};
+// Fills the inputs of the product, once checked, and launches.
+void project(const Checker& check, RopeKeyProjectionParams& params, const at::Tensor& x,
+             const at::Tensor& weight, const OptionalTensor& bias) {
+  const at::Tensor rows = aligned_or_copy(x);
   params.dtype = kernel_dtype(x);
-  params.cache_dtype = kernel_dtype(x);
   params.num_tokens = x.size(0);
   params.hidden = static_cast<int>(x.size(1));
-  params.head_dim = static_cast<int>(cos_sin.size(1));
-  params.x = x.const_data_ptr();
-  params.x_stride = x.stride(0);
+  params.x = rows.const_data_ptr();
+  params.x_stride = rows.stride(0);
   params.weight = weight.const_data_ptr();
   params.bias = data_or_null(bias);
-  params.positions = positions.const_data_ptr();
-  params.positions_are_int64 = positions.scalar_type() == at::kLong;
-  params.cos_sin = cos_sin.const_data_ptr<float>();
-  params.max_positions = cos_sin.size(0);
-  params.eps = static_cast<float>(eps);
-  params.interleaved = interleaved;
-  return params;
+  check_launch(check.op, run_rope_key_projection(params, c10::cuda::getCurrentCUDAStream()));
 }
 
 }  // namespace
@@ -63,13 +54,14 @@ at::Tensor rope_key_projection(const at::Tensor& x, const at::Tensor& weight, co
   check.norm("norm", norm, d, x.scalar_type());
 
   const c10::cuda::CUDAGuard guard(x.device());
-  const at::Tensor rows = aligned_or_copy(x);
   at::Tensor out = at::empty({x.size(0), weight.size(0) / d, d}, x.options());
-  RopeKeyProjectionParams params = input_params(rows, weight, positions, cos_sin, eps, bias, interleaved);
-  params.num_q_heads = static_cast<int>(out.size(1));
-  params.q_out = out.mutable_data_ptr();
-  params.q_norm = data_or_null(norm);
-  check_launch(check.op, run_rope_key_projection(params, c10::cuda::getCurrentCUDAStream()));
+  RopeKeyProjectionParams params{};
+  params.heads.cache_dtype = kernel_dtype(x);
+  params.heads.num_q_heads = static_cast<int>(out.size(1));
+  params.heads.head_dim = static_cast<int>(d);
+  params.heads.q_out = out.mutable_data_ptr();
+  fill_rope(params.heads, positions, cos_sin, norm, std::nullopt, eps, interleaved);
+  project(check, params, x, weight, bias);
   return out;
 }
 
@@ -84,25 +76,13 @@ void rope_key_projection_write(const at::Tensor& x, const at::Tensor& weight, co
   const int64_t d = check_inputs(check, x, weight, positions, cos_sin, bias);
   check.norm("q_norm", q_norm, d, x.scalar_type());
   check.norm("k_norm", k_norm, d, x.scalar_type());
-  check.projection_outputs("weight", weight.size(0) / d, x.size(0), d, x, q_out, k_cache, v_cache,
-                           slot_mapping, k_scale, v_scale);
+  RopeKeyProjectionParams params{};
+  params.heads = check.head_outputs("weight", weight.size(0) / d, x.size(0), d, x, q_out, k_cache, v_cache,
+                                    slot_mapping, k_scale, v_scale);
+  fill_rope(params.heads, positions, cos_sin, q_norm, k_norm, eps, interleaved);
 
   const c10::cuda::CUDAGuard guard(x.device());
-  const at::Tensor rows = aligned_or_copy(x);
-  RopeKeyProjectionParams params = input_params(rows, weight, positions, cos_sin, eps, bias, interleaved);
-  params.cache_dtype = kernel_dtype(k_cache);
-  params.num_q_heads = q_out ? static_cast<int>(q_out->size(1)) : 0;
-  params.num_kv_heads = static_cast<int>(k_cache.size(2));
-  params.q_out = q_out ? q_out->mutable_data_ptr() : nullptr;
-  params.k_cache = paged_cache(k_cache);
-  params.v_cache = paged_cache(v_cache);
-  params.cache = cache_geometry(k_cache);
-  params.slot_mapping = slot_mapping.const_data_ptr<int64_t>();
-  params.q_norm = data_or_null(q_norm);
-  params.k_norm = data_or_null(k_norm);
-  params.k_scale = data_or_null<float>(k_scale);
-  params.v_scale = data_or_null<float>(v_scale);
-  check_launch(check.op, run_rope_key_projection(params, c10::cuda::getCurrentCUDAStream()));
+  project(check, params, x, weight, bias);
 }
 
 }  // namespace fusedkv::ops

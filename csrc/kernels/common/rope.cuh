@@ -1,5 +1,5 @@
 // What q, k and v heads go through after their projection: RMSNorm, RoPE, and the store to q_out or to a
-// cache slot. rope_write_kv and rope_key_projection share it: both params structs name these fields alike.
+// cache slot. rope_write_kv and rope_key_projection share it.
 #pragma once
 
 #include <cmath>
@@ -20,16 +20,14 @@ struct HeadPart {
 };
 
 // The position of a token, or -1 when it lies outside the cos/sin table.
-template <class Params>
-__device__ __forceinline__ int64_t load_position(const Params& p, int64_t token) {
+__device__ __forceinline__ int64_t load_position(const HeadOutputs& p, int64_t token) {
   const int64_t position = p.positions_are_int64 ? static_cast<const int64_t*>(p.positions)[token]
                                                  : static_cast<const int*>(p.positions)[token];
   return index_is_inside(position, p.max_positions) ? position : -1;
 }
 
 // The cache slot of a token, or -1 for no write: a key without a position must not reach the cache.
-template <class Params>
-__device__ __forceinline__ int64_t load_slot(const Params& p, int64_t token, int64_t position) {
+__device__ __forceinline__ int64_t load_slot(const HeadOutputs& p, int64_t token, int64_t position) {
   if (p.num_kv_heads == 0) return -1;
   const int64_t slot = p.slot_mapping[token];
   return index_is_inside(slot, p.cache.num_pages * p.cache.page_size) && position >= 0 ? slot : -1;
@@ -113,8 +111,8 @@ __device__ __forceinline__ void store_in_cache(HeadPart<D>& head, const PagedCac
 }
 
 // head: index in the order q, k, v. position and slot: from load_position and load_slot.
-template <class T, int D, class Params>
-__device__ __forceinline__ void finish_head(const Params& p, HeadPart<D>& part, int64_t token, int head,
+template <class T, int D>
+__device__ __forceinline__ void finish_head(const HeadOutputs& p, HeadPart<D>& part, int64_t token, int head,
                                             int64_t position, int64_t slot, int lane) {
   const int kv_head = head - p.num_q_heads;
   const bool is_query = kv_head < 0, is_value = kv_head >= p.num_kv_heads;

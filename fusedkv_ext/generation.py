@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fusedkv_ext.cache import PagedKVCache
-from fusedkv_ext.checks import INDEX, expect
+from fusedkv_ext.checks import expect, integer
 from fusedkv_ext.model import PREFILL_CHUNK, FusedKVForCausalLM
 
 Prompts = Sequence[Sequence[int] | Tensor]
@@ -61,8 +61,8 @@ class Sampling:
     def __post_init__(self) -> None:
         hot = isinstance(self.temperature, (int, float)) and 0 <= self.temperature < float("inf")
         expect(hot, "generate", "temperature", "0 or more", repr(self.temperature))
-        some = self.top_k is None or (isinstance(self.top_k, int) and self.top_k >= 1)
-        expect(some, "generate", "top_k", "None or 1 or more", repr(self.top_k))
+        if self.top_k is not None:
+            integer(self.top_k, "generate", "top_k", 1)
         share = self.top_p is None or (isinstance(self.top_p, (int, float)) and 0 < self.top_p <= 1)
         expect(share, "generate", "top_p", "None or above 0 and at most 1", repr(self.top_p))
 
@@ -146,7 +146,8 @@ class _Decoder:
                 self.advance()
             torch.cuda.current_stream().wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            # thread_local: other threads may go on using CUDA during the capture.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.advance()
         for x, value in zip(state, saved, strict=True):
             x.copy_(value)
@@ -159,40 +160,54 @@ class _Decoder:
             self.graph.replay()
 
 
-def _check_prompts(model: FusedKVForCausalLM, prompts: Prompts, max_new_tokens: int) -> list[Tensor]:
-    longest, vocab = model.config.max_position_embeddings, model.config.vocab_size
-    new = isinstance(max_new_tokens, int) and max_new_tokens >= 1
-    expect(new, "generate", "max_new_tokens", "1 or more", repr(max_new_tokens))
-    expect(len(prompts) > 0, "generate", "prompts", "at least one prompt", 0)
-    checked = []
-    for i, prompt in enumerate(prompts):
-        name = f"prompts[{i}]"
-        expect(not isinstance(prompt, (str, int)), "generate", name, "a sequence of token ids", repr(prompt))
-        expect(len(prompt) > 0, "generate", name, "at least one token", "an empty prompt")
-        tokens = prompt if isinstance(prompt, Tensor) else torch.tensor(list(prompt))
-        whole = tokens.dim() == 1 and tokens.dtype in INDEX
-        expect(whole, "generate", name, "integers [S]", f"{tokens.dtype} {list(tokens.shape)}")
-        total = len(tokens) + max_new_tokens
-        wanted = f"at most {longest} tokens with max_new_tokens (max_position_embeddings)"
-        expect(total <= longest, "generate", name, wanted, f"{len(tokens)} + {max_new_tokens}")
-        low, high = (int(x) for x in tokens.aminmax())
-        inside = low >= 0 and high < vocab
-        expect(inside, "generate", name, f"token ids 0 to {vocab - 1}", low if low < 0 else high)
-        checked.append(tokens)
-    return checked
-
-
 @dataclass
-class _Stats:
-    """What a run leaves behind for Generation."""
+class _Run:
+    """A checked call of generate, and what it leaves behind."""
 
-    cache: PagedKVCache | None = None
-    cuda_graph: bool = False
+    model: FusedKVForCausalLM
+    prompts: list[Tensor]
+    max_new_tokens: int
+    sampling: Sampling
+    uniforms: Tensor  # [max_new_tokens, B]
+    stop_tokens: list[int]
+    cache: PagedKVCache
+    prefill_chunk: int
+    cuda_graph: bool
     decode_start: float = 0.0
 
 
-def _steps(
-    stats: _Stats,
+def _capacities(prompts: Sequence[Tensor], max_new_tokens: int) -> list[int]:
+    return [len(prompt) + max_new_tokens - 1 for prompt in prompts]  # the last token is never fed
+
+
+def _check_prompts(model: FusedKVForCausalLM, prompts: Prompts, max_new_tokens: int) -> list[Tensor]:
+    op, longest = "generate", model.config.max_position_embeddings
+    several = isinstance(prompts, Sequence) and not isinstance(prompts, str)
+    got = type(prompts).__name__
+    expect(several, op, "prompts", "a list with the token ids of each prompt", got)
+    expect(len(prompts) > 0, op, "prompts", "at least one prompt", 0)
+    checked = []
+    for i, prompt in enumerate(prompts):
+        name = f"prompts[{i}]"
+        if not isinstance(prompt, Tensor):
+            listed = hasattr(prompt, "__len__") and not isinstance(prompt, str)
+            expect(listed, op, name, "a sequence of token ids", repr(prompt))
+            ids, last = [integer(token, op, name, 0) for token in prompt], model.config.vocab_size - 1
+            expect(max(ids, default=0) <= last, op, name, f"token ids 0 to {last}", max(ids, default=0))
+            prompt = torch.tensor(ids, dtype=torch.int64)
+        whole = prompt.dim() == 1 and not prompt.is_floating_point() and prompt.dtype != torch.bool
+        expect(whole, op, name, "integers [S]", f"{prompt.dtype} {list(prompt.shape)}")
+        expect(len(prompt) > 0, op, name, "at least one token", "an empty prompt")
+        wanted = f"at most {longest} tokens with max_new_tokens (max_position_embeddings)"
+        fits = len(prompt) + max_new_tokens <= longest
+        expect(fits, op, name, wanted, f"{len(prompt)} + {max_new_tokens}")
+        prompt = prompt.to(torch.int64)
+        model.check_tokens(prompt, op, name)
+        checked.append(prompt)
+    return checked
+
+
+def _prepare(
     model: FusedKVForCausalLM,
     prompts: Prompts,
     max_new_tokens: int,
@@ -205,44 +220,50 @@ def _steps(
     cache: PagedKVCache | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     use_cuda_graph: bool | None = None,
-) -> Iterator[list[int]]:
-    """Yield what every sequence emits, step by step, until all are done."""
+) -> _Run:
+    """Check the arguments of generate and stream, before anything is written."""
+    op, on_cuda = "generate", model.device.type == "cuda"
+    max_new_tokens = integer(max_new_tokens, op, "max_new_tokens", 1)
     tokens = _check_prompts(model, prompts, max_new_tokens)
     sampling = Sampling(temperature, top_k, top_p)
-    expect(prefill_chunk >= 1, "generate", "prefill_chunk", "1 token or more", prefill_chunk)
-    expect(page_size >= 1, "generate", "page_size", "1 token or more", page_size)
-    on_cuda = model.device.type == "cuda"
-    expect(on_cuda or not use_cuda_graph, "generate", "use_cuda_graph", "a model on CUDA", model.device)
-    capacities = [len(prompt) + max_new_tokens - 1 for prompt in tokens]  # the last token is never fed
-    if cache is None:
-        pages = sum(-(-capacity // page_size) for capacity in capacities)
-        cache = model.new_cache(pages, page_size, len(tokens))
-    fits = cache.config == model.config and cache.dtype == model.dtype and cache.device == model.device
-    wanted = f"one with this model's config, {model.dtype} on {model.device}"
-    got = f"one for plan {cache.config.plan.name}, {cache.dtype} on {cache.device}"
-    expect(fits, "generate", "cache", wanted, got)
-    stats.cache = cache
+    page_size = integer(page_size, op, "page_size", 1)
+    prefill_chunk = integer(prefill_chunk, op, "prefill_chunk", 1)
+    listed = isinstance(stop_tokens, Iterable) and not isinstance(stop_tokens, str)
+    expect(listed, op, "stop_tokens", "a list of token ids", repr(stop_tokens))
+    last = model.config.vocab_size - 1
+    stop_tokens = [integer(token, op, "stop_tokens", 0, last) for token in stop_tokens]
+    expect(on_cuda or not use_cuda_graph, op, "use_cuda_graph", "a model on CUDA", model.device)
     # Drawn on the host before the first step: one seed gives one choice on every device, captured or not.
     generator = torch.Generator()
     if seed is None:
         generator.seed()
     else:
-        generator.manual_seed(seed)
+        generator.manual_seed(integer(seed, op, "seed", -(2**63), 2**64 - 1))
     uniforms = torch.rand(len(tokens), max_new_tokens, generator=generator).t()
+    if cache is None:
+        pages = sum(-(-capacity // page_size) for capacity in _capacities(tokens, max_new_tokens))
+        cache = model.new_cache(pages, page_size, len(tokens))
+    model.check_cache(cache, op)
+    graph = on_cuda and use_cuda_graph is not False
+    return _Run(model, tokens, max_new_tokens, sampling, uniforms, stop_tokens, cache, prefill_chunk, graph)
 
-    rows = cache.add(capacities)
+
+def _steps(run: _Run) -> Iterator[list[int]]:
+    """Yield what every sequence emits, step by step, until all are done."""
+    cache = run.cache
+    rows = cache.add(_capacities(run.prompts, run.max_new_tokens))
     try:
-        decoder = _Decoder(model, cache, rows, sampling, uniforms, stop_tokens)
-        decoder.accept(model.prefill(cache, rows, tokens, prefill_chunk))
+        decoder = _Decoder(run.model, cache, rows, run.sampling, run.uniforms, run.stop_tokens)
+        decoder.accept(run.model.prefill(cache, rows, run.prompts, run.prefill_chunk))
         emitted = _read(_start_read(decoder.emitted))
+        run.cuda_graph &= run.max_new_tokens > 1 and any(token != DONE for token in emitted)
         yield emitted
-        if max_new_tokens == 1 or all(token == DONE for token in emitted):
+        if run.max_new_tokens == 1 or all(token == DONE for token in emitted):
             return
-        stats.cuda_graph = on_cuda and use_cuda_graph is not False
-        if stats.cuda_graph:
+        if run.cuda_graph:
             decoder.capture()
-        stats.decode_start = time.perf_counter()
-        for emitted in _decode(decoder, max_new_tokens - 1):
+        run.decode_start = time.perf_counter()
+        for emitted in _decode(decoder, run.max_new_tokens - 1):
             if all(token == DONE for token in emitted):
                 return
             yield emitted
@@ -284,9 +305,14 @@ def stream(
     model: FusedKVForCausalLM, prompts: Prompts, max_new_tokens: int, **options: Any
 ) -> Iterator[tuple[int, int]]:
     """Yield (index of the prompt, token) as tokens come. Arguments and errors are those of `generate`."""
-    with closing(_steps(_Stats(), model, prompts, max_new_tokens, **options)) as steps:
-        for emitted in steps:
-            yield from ((i, token) for i, token in enumerate(emitted) if token != DONE)
+    run = _prepare(model, prompts, max_new_tokens, **options)
+
+    def tokens() -> Iterator[tuple[int, int]]:
+        with closing(_steps(run)) as steps:
+            for emitted in steps:
+                yield from ((i, token) for i, token in enumerate(emitted) if token != DONE)
+
+    return tokens()
 
 
 def generate(
@@ -320,19 +346,18 @@ def generate(
     Raises:
         ValueError: an empty batch or prompt, a token id outside the vocabulary, prompt plus max_new_tokens
             beyond max_position_embeddings or the cache, or an option out of range; nothing is written then.
+        TypeError: an option that is not listed here; the message names it.
     """
-    stats, tokens = _Stats(), [[] for _ in prompts]
+    run = _prepare(model, prompts, max_new_tokens, **options)
+    tokens: list[list[int]] = [[] for _ in run.prompts]
     bar = None
     if progress:
         from tqdm import tqdm
 
-        bar = tqdm(total=len(tokens) * max_new_tokens, unit="token", desc="generate")
+        bar = tqdm(total=len(tokens) * run.max_new_tokens, unit="token", desc="generate")
     start = first = last = time.perf_counter()
     num_steps = 0
-    with (
-        closing(_steps(stats, model, prompts, max_new_tokens, **options)) as steps,
-        bar if bar is not None else nullcontext(),
-    ):
+    with closing(_steps(run)) as steps, bar if bar is not None else nullcontext():
         for emitted in steps:
             last = time.perf_counter()
             first = last if num_steps == 0 else first
@@ -344,9 +369,9 @@ def generate(
                 bar.update(sum(token != DONE for token in emitted))
     return Generation(
         tokens=tokens,
-        cache_nbytes=stats.cache.nbytes,
-        vanilla_cache_nbytes=stats.cache.vanilla_nbytes,
+        cache_nbytes=run.cache.nbytes,
+        vanilla_cache_nbytes=run.cache.vanilla_nbytes,
         ttft=first - start,
-        tpot=(last - stats.decode_start) / (num_steps - 1) if num_steps > 1 else None,
-        cuda_graph=stats.cuda_graph,
+        tpot=(last - run.decode_start) / (num_steps - 1) if num_steps > 1 else None,
+        cuda_graph=run.cuda_graph,
     )

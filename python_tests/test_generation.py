@@ -1,9 +1,12 @@
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import tiny
 import torch
 
-from fusedkv_ext import generate, stream
-from fusedkv_ext.generate import Sampling, sample
+from fusedkv_ext import Sampling, generate, stream
+from fusedkv_ext.generation import sample
 
 every_plan = pytest.mark.parametrize("plan", tiny.PLANS.values(), ids=tiny.PLANS)
 
@@ -33,6 +36,69 @@ def test_batching_chunking_and_page_size_change_nothing():
         assert generate(model, prompts, 6, **options).tokens == expected
     assert [generate(model, [prompt], 6).tokens[0] for prompt in prompts] == expected
     assert generate(model, [prompt.tolist() for prompt in prompts], 6).tokens == expected
+
+
+def count_tokens(model) -> list[int]:
+    """A list that grows by the number of tokens of each pass through the layers."""
+    passes = []
+    model.model.embed_tokens.register_forward_pre_hook(lambda module, args: passes.append(args[0].numel()))
+    return passes
+
+
+def test_the_cache_has_exactly_the_pages_needed():
+    """9, 6 and 5 tokens: the last of the 5 new ones is never fed. A third of the layers stores."""
+    model, prompts = tiny.model(tiny.CrossLayerPlan.fusedkv(6, n=2)), tiny.prompts(5, 2, 1)
+    for page_size, pages in ((1, 20), (4, 3 + 2 + 2), (5, 2 + 2 + 1), (64, 3)):
+        result = generate(model, prompts, 5, page_size=page_size)
+        nbytes = pages * page_size * 2 * 2 * 16 * 8  # of a layer: keys and values, Hkv, D, bytes of float64
+        assert (result.cache_nbytes, result.vanilla_cache_nbytes) == (2 * nbytes, 6 * nbytes)
+
+
+def test_prefill_chunk_bounds_the_tokens_of_a_pass():
+    model, prompts = tiny.model("fusedkv"), tiny.prompts(5, 11)
+    for chunk, expected in ((4, [4, 4, 4, 4]), (7, [7, 7, 2]), (16, [16]), (8192, [16])):
+        passes = count_tokens(model)
+        generate(model, prompts, 1, prefill_chunk=chunk)
+        assert passes == expected
+
+
+def test_generation_stops_with_its_last_sequence():
+    model, prompts = tiny.model("fusedkv"), tiny.prompts(5, 3)
+    free = generate(model, prompts, 20).tokens
+    stops = [free[0][2], free[1][5]]
+    expected = [tokens[: next(i for i, x in enumerate(tokens) if x in stops)] for tokens in free]
+    last = max(map(len, expected))
+    assert 0 < last <= 5
+    passes = count_tokens(model)
+    assert generate(model, prompts, 20, stop_tokens=stops).tokens == expected
+    assert passes == [8] + [2] * last, "no step after the one that stops the last sequence"
+
+
+def test_times_to_the_first_token_and_per_token(monkeypatch):
+    model, prompts, now = tiny.model("fusedkv"), tiny.prompts(5, 3), [100.0]
+    monkeypatch.setattr("fusedkv_ext.generation.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def taking(seconds, method):
+        def run(*args, **options):
+            now[0] += seconds
+            return method(*args, **options)
+
+        return run
+
+    free = generate(model, prompts, 5).tokens
+    monkeypatch.setattr(model, "prefill", taking(7.0, model.prefill))
+    monkeypatch.setattr(model, "decode_step", taking(2.0, model.decode_step))
+    for count, options, tpot in ((5, {}, 2.0), (1, {}, None), (5, {"stop_tokens": free[0] + free[1]}, None)):
+        result = generate(model, prompts, count, **options)
+        assert (result.ttft, result.tpot) == (7.0, tpot)
+
+
+def test_autocast_changes_nothing(device):
+    model, prompts = tiny.model("fusedkv", torch.float32, device), tiny.prompts(5, 11)
+    for options in ({}, dict(temperature=1.0, seed=1)):
+        expected = generate(model, prompts, 6, **options).tokens
+        with torch.autocast(device, dtype=torch.float16):
+            assert generate(model, prompts, 6, **options).tokens == expected
 
 
 @pytest.mark.cuda
@@ -123,6 +189,13 @@ def test_sampling_follows_the_distribution(device):
         assert (got[wanted == 0] == 0).all(), options
 
 
+def test_top_p_takes_no_token_beyond_the_one_that_reaches_it(device):
+    logits = torch.full((1, 4), 1.5, device=device)  # probabilities of exactly 1/4
+    for top_p, kept in ((0.2, 1), (0.25, 1), (0.2501, 2), (0.5, 2), (0.75, 3), (0.76, 4), (1.0, 4)):
+        got = frequencies(logits, draws=4000, temperature=1.0, top_p=top_p)
+        assert (got > 0).sum() == kept and (got[got > 0] - 1 / kept).abs().max() < 0.05, top_p
+
+
 def test_the_ends_of_the_uniform_interval_choose_possible_tokens(device):
     logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]] * 2, device=device)
     uniform = torch.tensor([0.0, 1 - 2**-24], device=device)
@@ -160,7 +233,7 @@ def test_progress_bar(capsys):
         ([[1], []], 4, {}, r"prompts\[1\]: expected at least one token, got an empty prompt"),
         ([1, 2], 4, {}, r"prompts\[0\]: expected a sequence of token ids, got 1"),
         (["text"], 4, {}, r"prompts\[0\]: expected a sequence of token ids, got 'text'"),
-        ([[0.5]], 4, {}, r"prompts\[0\]: expected integers \[S\], got torch\.float32"),
+        ([[0.5]], 4, {}, r"prompts\[0\]: expected an integer of at least 0, got 0\.5"),
         (
             [torch.zeros(1, 2).long()],
             4,
@@ -168,22 +241,71 @@ def test_progress_bar(capsys):
             r"prompts\[0\]: expected integers \[S\], got torch\.int64 \[1, 2\]",
         ),
         ([[3, 97]], 4, {}, r"prompts\[0\]: expected token ids 0 to 96, got 97"),
-        ([[-1, 3]], 4, {}, r"prompts\[0\]: expected token ids 0 to 96, got -1"),
+        ([[-1, 3]], 4, {}, r"prompts\[0\]: expected an integer of at least 0, got -1"),
         ([[1] * 125], 4, {}, r"prompts\[0\]: expected at most 128 tokens .*got 125 \+ 4"),
-        ([[1]], 0, {}, "max_new_tokens: expected 1 or more, got 0"),
+        ([[1]], 0, {}, "max_new_tokens: expected an integer of at least 1, got 0"),
         ([[1]], 4, {"temperature": -1.0}, r"temperature: expected 0 or more, got -1\.0"),
         ([[1]], 4, {"temperature": float("nan")}, "temperature: expected 0 or more, got nan"),
-        ([[1]], 4, {"top_k": 0}, "top_k: expected None or 1 or more, got 0"),
+        ([[1]], 4, {"top_k": 0}, "top_k: expected an integer of at least 1, got 0"),
         ([[1]], 4, {"top_p": 0.0}, r"top_p: expected None or above 0 and at most 1, got 0\.0"),
         ([[1]], 4, {"top_p": 1.5}, r"top_p: expected None or above 0 and at most 1, got 1\.5"),
-        ([[1]], 4, {"prefill_chunk": 0}, "prefill_chunk: expected 1 token or more, got 0"),
-        ([[1]], 4, {"page_size": 0}, "page_size: expected 1 token or more, got 0"),
+        ([[1]], 4, {"prefill_chunk": 0}, "prefill_chunk: expected an integer of at least 1, got 0"),
+        ([[1]], 4, {"page_size": 0}, "page_size: expected an integer of at least 1, got 0"),
+        (None, 4, {}, "generate: prompts: expected "),
+        ("text", 4, {}, "generate: prompts: expected "),
+        (torch.tensor([1, 2]), 4, {}, "generate: prompts: expected "),
+        ([None], 4, {}, r"prompts\[0\]: expected a sequence of token ids, got None"),
+        ([[None]], 4, {}, r"prompts\[0\]: expected .*got None"),
+        ([[1, "a"]], 4, {}, r"prompts\[0\]: expected .*got 'a'"),
+        ([[True]], 4, {}, r"prompts\[0\]: expected .*got True"),
+        ([torch.tensor([-1, 3])], 4, {}, r"prompts\[0\]: expected token ids 0 to 96, got -1"),
+        ([torch.tensor([1.0])], 4, {}, r"prompts\[0\]: expected integers \[S\], got torch\.float32"),
+        ([torch.tensor([True])], 4, {}, r"prompts\[0\]: expected integers \[S\], got torch\.bool"),
+        ([[2**70]], 4, {}, r"prompts\[0\]: expected "),
+        ([[1]], 4.0, {}, r"max_new_tokens: expected an integer of at least 1, got 4\.0"),
+        ([[1]], True, {}, "max_new_tokens: expected an integer of at least 1, got True"),
+        ([[1]], 4, {"page_size": 2.5}, r"page_size: expected an integer of at least 1, got 2\.5"),
+        ([[1]], 4, {"prefill_chunk": 2.5}, r"prefill_chunk: expected an integer of at least 1, got 2\.5"),
+        ([[1]], 4, {"prefill_chunk": None}, "prefill_chunk: expected an integer of at least 1, got None"),
+        ([[1]], 4, {"stop_tokens": 5}, "stop_tokens: expected a list of token ids, got 5"),
+        ([[1]], 4, {"stop_tokens": [5, 97]}, "stop_tokens: expected an integer from 0 to 96, got 97"),
+        ([[1]], 4, {"stop_tokens": [-1]}, "stop_tokens: expected an integer from 0 to 96, got -1"),
+        ([[1]], 4, {"stop_tokens": ["a"]}, "stop_tokens: expected an integer from 0 to 96, got 'a'"),
+        ([[1]], 4, {"seed": "a"}, "seed: expected an integer .*got 'a'"),
+        ([[1]], 4, {"seed": 2**65}, "seed: expected an integer .*got 36893488147419103232"),
+        ([[1]], 4, {"top_k": True}, "top_k: expected an integer of at least 1, got True"),
+        ([[1]], 4, {"top_k": 2.0}, r"top_k: expected an integer of at least 1, got 2\.0"),
+        ([[1]], 4, {"top_p": "a"}, "top_p: expected None or above 0 and at most 1, got 'a'"),
+        ([[1]], 4, {"temperature": None}, "temperature: expected 0 or more, got None"),
         ([[1]], 4, {"use_cuda_graph": True}, "use_cuda_graph: expected a model on CUDA, got cpu"),
     ],
 )
 def test_bad_input_is_refused(prompts, count, options, message):
-    with pytest.raises(ValueError, match=message):
-        generate(tiny.model("fusedkv"), prompts, count, **options)
+    """By stream as well, before the first token is asked for."""
+    model = tiny.model("fusedkv")
+    cache = None if "page_size" in options else model.new_cache(3, page_size=4)
+    for call in (generate, stream):
+        with pytest.raises(ValueError, match=message):
+            call(model, prompts, count, cache=cache, **options)
+    assert cache is None or cache.num_free_pages == 3
+
+
+@pytest.mark.parametrize("call", [generate, stream])
+def test_an_unknown_option_is_named(call):
+    with pytest.raises((TypeError, ValueError), match="temprature"):
+        call(tiny.model("fusedkv"), [[1]], 4, temprature=1.0)
+
+
+def test_numpy_integers_are_integers():
+    model = tiny.model("fusedkv")
+    options = dict(page_size=4, prefill_chunk=2, seed=3, top_k=30, stop_tokens=[5, 6])
+    plain = generate(model, [[3, 1, 4], [1]], 6, temperature=1.0, **options).tokens
+    options = {name: np.int64(x) for name, x in options.items() if name != "stop_tokens"}
+    prompts = [np.array([3, 1, 4], dtype=np.int32), [np.uint8(1)]]
+    stops = np.array([5, 6])
+    assert (
+        generate(model, prompts, np.int64(6), temperature=1.0, stop_tokens=stops, **options).tokens == plain
+    )
 
 
 def test_a_cache_that_does_not_fit_is_refused_before_anything_is_written():
