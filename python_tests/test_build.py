@@ -35,6 +35,12 @@ def test_another_torch_is_refused(tmp_path, monkeypatch):
         assert part in str(error.value)
 
 
+@pytest.mark.cuda
+def test_module_shares_the_cpp_library_with_torch():
+    """A compiler with a static libstdc++ only would put a second one inside, which breaks every message."""
+    assert b"\0libstdc++.so.6\0" in Path(extension.load().__file__).read_bytes()
+
+
 def test_another_cuda_is_refused():
     with pytest.raises(ImportError, match=r"CUDA 99\.9"):
         extension.check_build({"torch": torch.__version__, "cuda": "99.9"})
