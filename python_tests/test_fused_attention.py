@@ -438,3 +438,12 @@ def test_fp8_sources(device):
         v_sources=[s.half() for s in case.v_sources],
     )
     assert torch.equal(run(case), run(wide))
+
+
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
+def test_is_not_differentiable(device):
+    """On either device: training mixes the sources with fuse_kv, whose gradient is exact and fast."""
+    case = make_case(device, torch.float16, lengths=(5, 70))
+    case.q.requires_grad_()
+    run(case).sum().backward()
+    assert case.q.grad is None
