@@ -7,8 +7,8 @@ stride and stride 1 in the last dimension. A *slot* is `page * page_size + offse
 CUDA takes float16 and bfloat16 with D 64 or 128; strides and addresses of caches are multiples of 16 bytes.
 The CPU also takes float32 and float64 and any even D. Bad arguments raise `ValueError` with the text
 `op: argument: expected ..., got ...` before anything is written. Indices that live on the device are not
-trusted: a slot or page outside the cache is skipped. `fuse_kv` and `rope_key_projection` are differentiable, the
-others are not.
+trusted: a slot or page outside the cache is skipped. `fuse_kv` and `rope_key_projection` are differentiable,
+the others are not.
 """
 
 from __future__ import annotations
