@@ -20,6 +20,12 @@ BLOCK_TOKENS = 64  # tokens of one work unit of fused_attention
 BLOCK_ROWS = 64  # query rows (heads of a group x query tokens) that one work unit serves
 
 
+def schedule_entries(batch: int, num_query_tokens: int, num_query_heads: int, num_kv_heads: int) -> int:
+    """Length of an attention schedule: B + 1 cumulative counts, then a merge counter for every item."""
+    rows = num_query_heads // num_kv_heads * num_query_tokens
+    return batch + 1 + batch * num_kv_heads * -(-rows // BLOCK_ROWS)
+
+
 def expect(condition: bool, op: str, argument: str, expected: str, got: object) -> None:
     """Raise ValueError `op: argument: expected ..., got ...` unless condition holds."""
     if not condition:
@@ -283,7 +289,6 @@ def fused_attention(
     c.expect(divides, "q", f"query heads that are a multiple of {heads} key/value heads", num_q_heads)
     c.tensor("block_table", block_table, (torch.int32,), (batch, None))
     c.tensor("seq_lens", seq_lens, (torch.int32,), (batch,))
-    rows = num_q_heads // heads * num_tokens
-    entries = batch + 1 + batch * heads * -(-rows // BLOCK_ROWS)
+    entries = schedule_entries(batch, num_tokens, num_q_heads, heads)
     c.tensor("schedule", schedule, (torch.int32,), (entries,))
     c.window(window)

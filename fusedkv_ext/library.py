@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 
 from fusedkv_ext import checks, reference
-from fusedkv_ext.checks import BLOCK_ROWS
 
 SCHEMAS = (
     "write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping,"
@@ -63,9 +62,9 @@ def _fake_attention_schedule(
     seq_lens, max_seq_len, num_query_tokens, num_query_heads, num_kv_heads, window=0
 ):
     checks.attention_schedule(seq_lens, max_seq_len, num_query_tokens, num_query_heads, num_kv_heads, window)
-    rows = num_query_heads // num_kv_heads * num_query_tokens
-    counters = seq_lens.shape[0] * num_kv_heads * -(-rows // BLOCK_ROWS)
-    return seq_lens.new_empty(seq_lens.shape[0] + 1 + counters)
+    batch = seq_lens.shape[0]
+    entries = checks.schedule_entries(batch, num_query_tokens, num_query_heads, num_kv_heads)
+    return seq_lens.new_empty(entries)
 
 
 def _fake_fused_attention(q, *args):

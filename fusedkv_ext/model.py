@@ -332,7 +332,7 @@ class FusedKVForCausalLM(nn.Module):
         if not files:
             raise FileNotFoundError(f"{directory}: expected at least one .safetensors file, got none")
         for file in files:
-            _header(file)
+            _header(file)  # for its error, which names an unreadable file
         tensors = {name: x for file in files for name, x in load_file(file).items()}
         return cls.from_hf_state_dict(config, tensors, device, dtype)
 

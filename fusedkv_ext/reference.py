@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fusedkv_ext.checks import BLOCK_ROWS, BLOCK_TOKENS
+from fusedkv_ext.checks import BLOCK_TOKENS, schedule_entries
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -197,10 +197,10 @@ def attention_schedule(
     if window > 0:
         first = (lengths - num_query_tokens - window + 1).clamp(min=0) // BLOCK_TOKENS
     blocks = ((lengths + BLOCK_TOKENS - 1) // BLOCK_TOKENS - first).clamp(min=1)
-    rows = num_query_heads // num_kv_heads * num_query_tokens
-    counters = seq_lens.numel() * num_kv_heads * -(-rows // BLOCK_ROWS)
-    parts = (blocks.new_zeros(1), blocks.cumsum(0), blocks.new_zeros(counters))
-    return torch.cat(parts).to(torch.int32)
+    entries = schedule_entries(len(lengths), num_query_tokens, num_query_heads, num_kv_heads)
+    schedule = blocks.new_zeros(entries, dtype=torch.int32)
+    schedule[1 : len(lengths) + 1] = blocks.cumsum(0)
+    return schedule
 
 
 def fused_attention(
