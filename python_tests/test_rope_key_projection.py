@@ -333,7 +333,8 @@ def captured(op, inputs: dict):
 
 
 def recompiled(op, inputs: dict):
-    return torch.compile(op, fullgraph=True, mode="reduce-overhead")
+    # Inductor 2.11 loses the size symbols of two mutated views of one pool if shapes became dynamic.
+    return torch.compile(op, fullgraph=True, mode="reduce-overhead", dynamic=False)
 
 
 @pytest.mark.cuda
