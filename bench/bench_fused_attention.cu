@@ -1,5 +1,5 @@
-// Decode attention over a paged cache: one or two sources, few query tokens. Verifies, then times with a
-// cold L2.
+// Decode attention over a paged cache: one or two sources, few query tokens, f16, bf16 or e4m3. Verifies,
+// then times with a cold L2.
 #include <memory>
 #include <random>
 
@@ -27,57 +27,67 @@ struct Shape {
   }
 };
 
-// One set of buffers. Pages lie in random order; memory that belongs to no token stays NaN.
-template <class T>
-struct Problem {
-  static std::vector<int> shuffled_pages(const Shape& s, int64_t& num_pages) {
-    num_pages = 1;
-    for (int n : s.lengths) num_pages += ceil_div(n, s.page_size);
-    std::vector<int> pages(num_pages);
-    for (int64_t i = 0; i < num_pages; ++i) pages[i] = static_cast<int>(i);
-    std::shuffle(pages.begin(), pages.end(), std::mt19937(7));
-    return pages;
-  }
-
-  Problem(const Shape& s, uint64_t seed) : shape(s) {
-    const std::vector<int> order = shuffled_pages(s, num_pages);
-    max_pages = 1;
-    for (int n : s.lengths) max_pages = std::max(max_pages, ceil_div(n, s.page_size));
+// What the layers of one decode step share: lengths, block table and schedule. Pages lie in random order.
+struct Batch {
+  explicit Batch(const Shape& s) : shape(s) {
+    for (int n : s.lengths) {
+      num_pages += ceil_div(n, s.page_size);
+      max_pages = std::max(max_pages, ceil_div(n, s.page_size));
+    }
+    std::vector<int> order(num_pages);
+    for (int i = 0; i < num_pages; ++i) order[i] = i;
+    std::shuffle(order.begin(), order.end(), std::mt19937(7));
     table_host.assign(s.lengths.size() * max_pages, 1 << 30);
     size_t next = 0;
     for (size_t b = 0; b < s.lengths.size(); ++b) {
       for (int i = 0; i < ceil_div(s.lengths[b], s.page_size); ++i)
         table_host[b * max_pages + i] = order[next++];
     }
-    const size_t batch = s.lengths.size(), heads = size_t(s.hkv) * s.d;
-    const size_t cache = num_pages * s.page_size * heads, rows = batch * s.queries * s.hq * s.d;
-    for (int i = 0; i < 2 * s.sources; ++i) caches.push_back(Array<T>::normal(cache, seed + i));
-    for (int i = 0; i < 2; ++i) weights.push_back(Array<float>::normal(s.sources * heads, seed + 10 + i));
-    q = std::make_unique<Array<T>>(Array<T>::normal(rows, seed + 20));
-    out = std::make_unique<Array<T>>(rows);
     table = std::make_unique<Array<int>>(table_host);
     seq_lens = std::make_unique<Array<int>>(s.lengths);
     const int row_blocks = num_row_blocks(s.hq, s.hkv, s.queries);
-    schedule = std::make_unique<Array<int>>(batch + 1 + batch * s.hkv * row_blocks);
-    const FusedAttentionParams params = attention();
-    workspace = std::make_unique<Array<uint8_t>>(fused_attention_workspace_bytes(params));
+    schedule = std::make_unique<Array<int>>(s.lengths.size() * (1 + s.hkv * row_blocks) + 1);
+    make_schedule();
   }
 
-  AttentionScheduleParams split() const {
-    return {.batch = static_cast<int>(shape.lengths.size()),
-            .num_query_tokens = shape.queries,
-            .num_q_heads = shape.hq,
-            .num_kv_heads = shape.hkv,
-            .window = shape.window,
-            .max_seq_len = int64_t(max_pages) * shape.page_size,
-            .seq_lens = seq_lens->data(),
-            .schedule = schedule->data()};
+  void make_schedule() const {
+    const AttentionScheduleParams p = {.batch = static_cast<int>(shape.lengths.size()),
+                                       .num_query_tokens = shape.queries,
+                                       .num_q_heads = shape.hq,
+                                       .num_kv_heads = shape.hkv,
+                                       .window = shape.window,
+                                       .max_seq_len = int64_t(max_pages) * shape.page_size,
+                                       .seq_lens = seq_lens->data(),
+                                       .schedule = schedule->data()};
+    CUDA_CHECK(run_attention_schedule(p, nullptr));
+    CUDA_CHECK(cudaDeviceSynchronize());
+  }
+
+  Shape shape;
+  int64_t num_pages = 1;
+  int max_pages = 1;
+  std::vector<int> table_host;
+  std::unique_ptr<Array<int>> table, seq_lens, schedule;
+};
+
+// One layer: its caches of C, fusion weights, queries of T and output.
+template <class T, class C>
+struct Layer {
+  Layer(const Batch& of, uint64_t seed) : batch(of) {
+    const Shape& s = of.shape;
+    const size_t heads = size_t(s.hkv) * s.d, rows = s.lengths.size() * s.queries * s.hq * s.d;
+    for (int i = 0; i < 2 * s.sources; ++i)
+      caches.push_back(Array<C>::normal(of.num_pages * s.page_size * heads, seed + i));
+    for (int i = 0; i < 2; ++i) weights.push_back(Array<float>::normal(s.sources * heads, seed + 10 + i));
+    q = std::make_unique<Array<T>>(Array<T>::normal(rows, seed + 20));
+    out = std::make_unique<Array<T>>(rows);
+    workspace = std::make_unique<Array<uint8_t>>(fused_attention_workspace_bytes(attention()));
   }
 
   FusedAttentionParams attention() const {
-    const Shape& s = shape;
+    const Shape& s = batch.shape;
     FusedAttentionParams p = {};
-    p.dtype = p.cache_dtype = dtype_of<T>();
+    p.dtype = dtype_of<T>(), p.cache_dtype = dtype_of<C>();
     p.batch = static_cast<int>(s.lengths.size());
     p.num_query_tokens = s.queries, p.num_q_heads = s.hq, p.num_kv_heads = s.hkv, p.head_dim = s.d;
     p.q = q->data(), p.out = out->data();
@@ -88,38 +98,35 @@ struct Problem {
       p.k_sources[i] = {caches[i].data(), s.page_size * token, token, s.d};
       p.v_sources[i] = {caches[s.sources + i].data(), s.page_size * token, token, s.d};
     }
-    p.cache = {num_pages, s.page_size};
+    p.cache = {batch.num_pages, s.page_size};
     p.key_weights = s.weighted ? weights[0].data() : nullptr;
     p.value_weights = s.weighted ? weights[1].data() : nullptr;
-    p.block_table = table->data(), p.block_table_stride = p.max_pages = max_pages;
-    p.seq_lens = seq_lens->data(), p.schedule = schedule->data();
+    p.block_table = batch.table->data(), p.block_table_stride = p.max_pages = batch.max_pages;
+    p.seq_lens = batch.seq_lens->data(), p.schedule = batch.schedule->data();
     p.scale = 1.0f / std::sqrt(static_cast<float>(s.d));
     p.window = s.window;
     p.workspace = workspace ? workspace->data() : nullptr;
     return p;
   }
 
-  Shape shape;
-  int64_t num_pages;
-  int max_pages;
-  std::vector<int> table_host;
-  std::vector<Array<T>> caches;
+  const Batch& batch;
+  std::vector<Array<C>> caches;
   std::vector<Array<float>> weights;
   std::unique_ptr<Array<T>> q, out;
-  std::unique_ptr<Array<int>> table, seq_lens, schedule;
   std::unique_ptr<Array<uint8_t>> workspace;
 };
 
 // The definition, in double: form K_i and V_i, softmax, weighted mean. `noise` gets the size of the error
-// that rounding the weighted query and the probabilities to T can cause, which grows with the sums, not the
-// result.
-template <class T>
-std::vector<double> oracle(const Problem<T>& problem, double& noise) {
-  const Shape& s = problem.shape;
-  std::vector<std::vector<T>> caches;
-  for (const auto& cache : problem.caches) caches.push_back(cache.host());
-  const auto q = problem.q->host();
-  const auto a = problem.weights[0].host(), b = problem.weights[1].host();
+// that rounding the weighted query and the probabilities can cause (to T, or to f16 with an e4m3 cache),
+// which grows with the sums, not the result.
+template <class T, class C>
+std::vector<double> oracle(const Layer<T, C>& layer, double& noise) {
+  const Batch& batch = layer.batch;
+  const Shape& s = batch.shape;
+  std::vector<std::vector<C>> caches;
+  for (const auto& cache : layer.caches) caches.push_back(cache.host());
+  const auto q = layer.q->host();
+  const auto a = layer.weights[0].host(), b = layer.weights[1].host();
   std::vector<double> out(q.size(), 0.0);
   const int group = s.hq / s.hkv;
   noise = 0.0;
@@ -130,7 +137,7 @@ std::vector<double> oracle(const Problem<T>& problem, double& noise) {
       const int query = s.lengths[seq] - s.queries + token;
       const int first = s.window > 0 ? std::max(0, query - s.window + 1) : 0;
       const auto mixed = [&](bool values, int position, int channel) {
-        const int page = problem.table_host[seq * problem.max_pages + position / s.page_size];
+        const int page = batch.table_host[seq * batch.max_pages + position / s.page_size];
         const size_t slot = size_t(page) * s.page_size + position % s.page_size;
         double sum = 0.0;
         for (int i = 0; i < s.sources; ++i) {
@@ -159,26 +166,28 @@ std::vector<double> oracle(const Problem<T>& problem, double& noise) {
       }
     }
   }
-  noise *= epsilon_of<T>();
+  noise *= std::is_same_v<C, __nv_fp8_e4m3> ? epsilon_of<__half>() : epsilon_of<T>();
   return out;
 }
 
-template <class T>
+template <class T, class C>
 bool verify_shape(const Shape& shape) {
-  const Problem<T> problem(shape, 100);
+  const Batch batch(shape);
+  const Layer<T, C> layer(batch, 100);
   double noise;
-  const std::vector<double> expected = oracle(problem, noise);
-  const std::string name = std::string("fused_attention ") + name_of<T>() + " " + std::to_string(shape.hq) +
-                           "/" + std::to_string(shape.hkv) + "/" + std::to_string(shape.d) + " sources " +
-                           std::to_string(shape.sources) + " queries " + std::to_string(shape.queries);
+  const std::vector<double> expected = oracle(layer, noise);
+  const std::string name = std::string("fused_attention ") + name_of<T>() + " over " + name_of<C>() + " " +
+                           std::to_string(shape.hq) + "/" + std::to_string(shape.hkv) + "/" +
+                           std::to_string(shape.d) + " sources " + std::to_string(shape.sources) +
+                           " queries " + std::to_string(shape.queries);
   std::vector<T> first;
   for (int run = 0; run < 2; ++run) {  // the second finds the counters as the first left them
-    problem.out->poison();
-    CUDA_CHECK(run_attention_schedule(problem.split(), nullptr));
-    CUDA_CHECK(run_fused_attention(problem.attention(), nullptr));
-    CUDA_CHECK(run_fused_attention(problem.attention(), nullptr));
+    layer.out->poison();
+    batch.make_schedule();
+    CUDA_CHECK(run_fused_attention(layer.attention(), nullptr));
+    CUDA_CHECK(run_fused_attention(layer.attention(), nullptr));
     CUDA_CHECK(cudaDeviceSynchronize());
-    const auto got = problem.out->host();
+    const auto got = layer.out->host();
     if (!matches(name, got, expected, noise)) return false;
     if (run > 0 && !identical(name + ", second run", got, first)) return false;
     first = got;
@@ -186,31 +195,57 @@ bool verify_shape(const Shape& shape) {
   return true;
 }
 
-template <class T>
+template <class T, class C>
 bool verify() {
   for (int d : {64, 128})
     for (int sources : {1, 2})
       for (const Shape& s : {Shape{8, 2, d, sources, 1, 16, 0, true, {0, 1, 63, 130, 500}},
                              Shape{2, 2, d, sources, 1, 1, 0, false, {70, 3}},
+                             Shape{16, 1, d, sources, 1, 64, 100, true, {64, 1000}},
                              Shape{8, 2, d, sources, 7, 100, 0, true, {9, 205}},
                              Shape{16, 1, d, sources, 5, 64, 40, true, {5, 150}}}) {
-        if (!verify_shape<T>(s)) return false;
+        if (!verify_shape<T, C>(s)) return false;
       }
   return true;
 }
 
+template <class T, class C>
 Row measure(const Shape& shape, const std::string& name, int repeats, double read_gb_s) {
-  const double bytes = 2.0 * shape.sources * shape.tokens() * shape.hkv * shape.d * 2;
+  const double bytes = 2.0 * shape.sources * shape.tokens() * shape.hkv * shape.d * sizeof(C);
   const int sets = cold_sets(static_cast<size_t>(bytes));
-  std::vector<Problem<__nv_bfloat16>> problems;
-  for (int i = 0; i < sets; ++i) problems.emplace_back(shape, 1000 * i);
-  for (const auto& problem : problems) CUDA_CHECK(run_attention_schedule(problem.split(), nullptr));
-  CUDA_CHECK(cudaDeviceSynchronize());
+  const Batch batch(shape);
+  std::vector<Layer<T, C>> layers;
+  for (int i = 0; i < sets; ++i) layers.emplace_back(batch, 1000 * i);
   const Timing timing = time_launches(sets, repeats, [&](int set, cudaStream_t stream) {
-    return run_fused_attention(problems[set].attention(), stream);
+    return run_fused_attention(layers[set].attention(), stream);
   });
   const double flops = 4.0 * shape.sources * shape.tokens() * shape.hq * shape.queries * shape.d;
   return {name, timing, bytes, read_gb_s, flops};
+}
+
+// Comma-separated positive integers.
+std::vector<int> numbers(const Args& args, const std::string& option, const std::string& text) {
+  std::vector<int> values;
+  for (const std::string& item : split(text, ',')) {
+    char* rest = nullptr;
+    const long value = std::strtol(item.c_str(), &rest, 10);
+    if (item.empty() || *rest != '\0' || value < 1 || value > 1 << 30)
+      args.fail("--" + option + ": expected positive integers, got '" + text + "'");
+    values.push_back(static_cast<int>(value));
+  }
+  return values;
+}
+
+// "32x8192" is 32 sequences of 8192 tokens, "1x65536+31x512" a ragged batch.
+std::vector<int> parse_batch(const Args& args, const std::string& text) {
+  std::vector<int> lengths;
+  for (const std::string& part : split(text, '+')) {
+    const size_t by = part.find('x');
+    if (by == std::string::npos) args.fail("--shapes: expected batch x tokens, got '" + text + "'");
+    const int batch = numbers(args, "shapes", part.substr(0, by))[0];
+    lengths.insert(lengths.end(), batch, numbers(args, "shapes", part.substr(by + 1))[0]);
+  }
+  return lengths;
 }
 
 }  // namespace
@@ -219,67 +254,69 @@ int main(int argc, char** argv) {
   const Args args(
       argc, argv, "Decode attention over a paged cache with one or two key and value sources.",
       {{"heads", "32,8,128", "query heads, key/value heads, head dim"},
-       {"shapes", "1x4096,1x32768,1x131072,8x8192,32x8192,128x4096", "batch x context tokens, ..."},
+       {"shapes", "1x4096,1x32768,1x131072,8x8192,32x8192,128x4096", "batch x tokens, + for ragged batches"},
        {"sources", "1,2", "numbers of sources to time"},
-       {"queries", "1", "query tokens a sequence"},
+       {"queries", "1", "numbers of query tokens a sequence to time"},
+       {"dtype", "bf16", "of the queries: bf16 or f16"},
+       {"cache-dtypes", "same,e4m3", "of the sources: same as the queries', e4m3"},
        {"page-size", "64", "tokens a page"},
        {"window", "0", "sliding window in tokens, 0 for none"}});
-  const auto numbers = [&](const std::string& text, const std::string& option, char separator) {
-    std::vector<int> values;
-    size_t at = 0;
-    while (at <= text.size()) {
-      const size_t next = std::min(text.find(separator, at), text.size());
-      const std::string item = text.substr(at, next - at);
-      char* rest = nullptr;
-      const long value = std::strtol(item.c_str(), &rest, 10);
-      if (item.empty() || *rest != '\0' || value < 1)
-        args.fail("--" + option + ": expected positive integers, got '" + text + "'");
-      values.push_back(static_cast<int>(value));
-      at = next + 1;
-    }
-    return values;
-  };
-  const auto heads = numbers(args.text("heads"), "heads", ',');
+  const auto heads = numbers(args, "heads", args.text("heads"));
   if (heads.size() != 3 || heads[0] % heads[1] || (heads[2] != 64 && heads[2] != 128)) {
     args.fail("--heads: expected Hq,Hkv,D with Hq a multiple of Hkv and D 64 or 128, got " +
               args.text("heads"));
   }
-  if (args.integer("queries") < 1 || args.integer("queries") > 16) args.fail("--queries: expected 1 to 16");
-  if (args.integer("page-size") < 1 || args.integer("window") < 0) {
-    args.fail("--page-size: expected at least 1; --window: expected at least 0");
+  const auto sources = numbers(args, "sources", args.text("sources"));
+  for (int count : sources)
+    if (count > 2) args.fail("--sources: expected 1 or 2, got " + args.text("sources"));
+  const auto queries = numbers(args, "queries", args.text("queries"));
+  for (int count : queries)
+    if (count > 16) args.fail("--queries: expected 1 to 16, got " + args.text("queries"));
+  const int page_size = numbers(args, "page-size", args.text("page-size"))[0];
+  if (args.integer("window") < 0) args.fail("--window: expected at least 0, got " + args.text("window"));
+  const std::string dtype = args.text("dtype");
+  if (dtype != "bf16" && dtype != "f16") args.fail("--dtype: expected bf16 or f16, got " + dtype);
+  const auto cache_dtypes = split(args.text("cache-dtypes"), ',');
+  for (const std::string& cache : cache_dtypes) {
+    if (cache != "same" && cache != "e4m3") args.fail("--cache-dtypes: expected same or e4m3, got " + cache);
   }
-  std::vector<std::vector<int>> batches;
-  const std::string& shapes = args.text("shapes");
-  for (size_t at = 0; at <= shapes.size();) {
-    const size_t next = std::min(shapes.find(',', at), shapes.size());
-    const auto pair = numbers(shapes.substr(at, next - at), "shapes", 'x');
-    if (pair.size() != 2) args.fail("--shapes: expected batch x tokens, got " + shapes);
-    batches.emplace_back(pair[0], pair[1]);
-    at = next + 1;
+  std::vector<std::pair<std::string, std::vector<int>>> batches;
+  for (const std::string& text : split(args.text("shapes"), ','))
+    batches.emplace_back(text, parse_batch(args, text));
+
+  using bf16 = __nv_bfloat16;
+  using e4m3 = __nv_fp8_e4m3;
+  if (!verify<__half, __half>() || !verify<bf16, bf16>() || !verify<__half, e4m3>() ||
+      !verify<bf16, e4m3>()) {
+    return 1;
   }
-  if (!verify<__half>() || !verify<__nv_bfloat16>()) return 1;
   if (!args.json()) std::printf("verified\n");
   if (args.verify_only()) return 0;
 
   const Ceilings ceilings = measure_ceilings(args.repeats());
   std::vector<Row> rows;
-  for (int sources : numbers(args.text("sources"), "sources", ',')) {
-    if (sources > 2) args.fail("--sources: expected 1 or 2");
-    for (const auto& lengths : batches) {
-      const Shape shape{heads[0],
-                        heads[1],
-                        heads[2],
-                        sources,
-                        static_cast<int>(args.integer("queries")),
-                        static_cast<int>(args.integer("page-size")),
-                        static_cast<int>(args.integer("window")),
-                        sources == 2,
-                        lengths};
-      const std::string name = args.text("heads") + " " + std::to_string(lengths.size()) + "x" +
-                               std::to_string(lengths[0]) + " sources " + std::to_string(sources);
-      rows.push_back(measure(shape, name, args.repeats(), ceilings.read_gb_s));
-    }
-  }
+  for (const std::string& cache : cache_dtypes)
+    for (int count : sources)
+      for (int tokens : queries)
+        for (const auto& [text, lengths] : batches) {
+          const Shape shape{heads[0],
+                            heads[1],
+                            heads[2],
+                            count,
+                            tokens,
+                            page_size,
+                            static_cast<int>(args.integer("window")),
+                            count == 2 || cache == "e4m3",
+                            lengths};
+          const std::string name = args.text("heads") + " " + text + " sources " + std::to_string(count) +
+                                   " " + (cache == "same" ? dtype : cache) + " queries " +
+                                   std::to_string(tokens);
+          const auto time = [&]<class T>(T) {
+            return cache == "same" ? measure<T, T>(shape, name, args.repeats(), ceilings.read_gb_s)
+                                   : measure<T, e4m3>(shape, name, args.repeats(), ceilings.read_gb_s);
+          };
+          rows.push_back(dtype == "bf16" ? time(bf16{}) : time(__half{}));
+        }
   print_results(args, "fused_attention", ceilings, rows);
   return 0;
 }

@@ -2,6 +2,13 @@
 
 A sequence owns a *row* of the block table and enough pages for its *capacity*, both reserved before
 anything is written. Lengths live on the device too, so that a captured decode step can advance them.
+
+The source layers, those that other layers read, can be held in float8_e4m3fn, with a scale a channel:
+
+    stored = saturate(x / scale)    x ~ stored * scale
+
+Nothing is multiplied by the scales when it is read: they are folded into the weights of the fusion, which the
+cache keeps for every layer that reads sources. Scales and weights come from the model (`DecoderLayer.bind`).
 """
 
 from __future__ import annotations
@@ -9,15 +16,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusedkv_ext import ops
 from fusedkv_ext.checks import FLOATS, HALF, expect
 from fusedkv_ext.config import FusedKVConfig
 from fusedkv_ext.modules import KeysValues, causal_attention, masked_attention, mix_sources
 from fusedkv_ext.plan import LayerPlan
+
+FP8_SOURCES = ("none", "copy", "only")
+
+
+@dataclass
+class Sources:
+    """What one attention reads: pages of its sources and float32 weights [sources, Hkv, D], None for ones.
+
+    The weights are those of the fusion times the scales of the pages. layers: the sources. stale: a scale of
+    theirs has changed since.
+    """
+
+    layers: tuple[int, ...]
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    key_weights: Tensor | None = None
+    value_weights: Tensor | None = None
+    stale: bool = False
 
 
 class PagedKVCache:
@@ -29,14 +55,20 @@ class PagedKVCache:
         page_size: tokens a page.
         max_batch: sequences at a time.
         dtype, device: of the model; on CUDA float16 or bfloat16 and head_dim 64 or 128.
+        fp8_sources: "none" holds every storage layer in dtype. With "copy" the source layers are in e4m3 too,
+            for the layers above; their own attention reads their pages in dtype. With "only" they are in e4m3
+            alone, for their own attention as well.
 
     Attributes:
         keys, values: for each storage layer a tensor [num_pages, page_size, Hkv, D], not initialised.
+        key_copies, value_copies: the same for each source layer with "copy", else empty.
+        fp8_layers: the source layers, when they are held in e4m3.
         block_table: int32 [max_batch, max_pages], the pages of each row; -1 where it has none.
         seq_lens: int32 [max_batch], the tokens of each row.
 
     Raises:
-        ValueError: a size that is not positive, or a dtype or head dim that the device's kernels lack.
+        ValueError: a size that is not positive, a dtype or head dim that the device's kernels lack, another
+            fp8_sources, or one for a plan in which no layer reads another.
     """
 
     def __init__(
@@ -47,6 +79,7 @@ class PagedKVCache:
         max_batch: int = 1,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        fp8_sources: str = "none",
     ):
         sizes = {"num_pages": num_pages, "page_size": page_size, "max_batch": max_batch}
         for name, size in sizes.items():
@@ -56,14 +89,30 @@ class PagedKVCache:
         self._expect(dtype in dtypes, "dtype", f"{' or '.join(map(str, dtypes))} on {device}", dtype)
         fits = not kernels or config.head_dim in (64, 128)
         self._expect(fits, "head_dim", f"64 or 128 on {device}", config.head_dim)
+        known = fp8_sources in FP8_SOURCES
+        self._expect(known, "fp8_sources", " or ".join(FP8_SOURCES), repr(fp8_sources))
+        plan = config.plan
+        shared = fp8_sources == "none" or len(plan.source_layers) > 0
+        wanted = f"none for the plan {plan.name}, in which no layer reads another"
+        self._expect(shared, "fp8_sources", wanted, repr(fp8_sources))
 
         self.config, self.num_pages, self.page_size, self.max_batch = config, num_pages, page_size, max_batch
+        self.dtype, self.fp8_sources = dtype, fp8_sources
+        self._wide = torch.promote_types(dtype, torch.float32)  # of the weights
+        self.fp8_layers = () if fp8_sources == "none" else plan.source_layers
         shape = (num_pages, page_size, config.num_kv_heads, config.head_dim)
-        self.keys: dict[int, Tensor] = {}
-        self.values: dict[int, Tensor] = {}
-        for layer in config.plan.storage_layers:
-            self.keys[layer] = torch.empty(shape, dtype=dtype, device=device)
-            self.values[layer] = torch.empty(shape, dtype=dtype, device=device)
+
+        def pages(layers: Sequence[int], e4m3: Sequence[int]) -> dict[int, Tensor]:
+            dtypes = {layer: torch.float8_e4m3fn if layer in e4m3 else dtype for layer in layers}
+            return {layer: torch.empty(shape, dtype=dtypes[layer], device=device) for layer in layers}
+
+        alone = self.fp8_layers if fp8_sources == "only" else ()
+        copied = self.fp8_layers if fp8_sources == "copy" else ()
+        self.keys, self.values = (pages(plan.storage_layers, alone) for _ in range(2))
+        self.key_copies, self.value_copies = (pages(copied, copied) for _ in range(2))
+        self._scales: dict[int, KeysValues] = {}
+        # By module, because a reconstruction layer has no number of its own.
+        self._fused: WeakKeyDictionary[nn.Module, Sources] = WeakKeyDictionary()
 
         longest = -(-config.max_position_embeddings // page_size)
         max_pages = min(num_pages, longest)
@@ -78,14 +127,16 @@ class PagedKVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for keys and values."""
-        tensors = (*self.keys.values(), *self.values.values())
-        return sum(x.untyped_storage().nbytes() for x in tensors)
+        """Bytes allocated for keys and values, copies included."""
+        pools = (self.keys, self.values, self.key_copies, self.value_copies)
+        return sum(x.untyped_storage().nbytes() for pool in pools for x in pool.values())
 
     @property
     def vanilla_nbytes(self) -> int:
-        """Bytes that as many pages would take if every layer had its own."""
-        return self.nbytes // len(self.keys) * self.config.num_layers
+        """Bytes that as many pages would take if every layer had its own, in dtype."""
+        config = self.config
+        tokens, width = self.num_pages * self.page_size, config.num_kv_heads * config.head_dim
+        return 2 * config.num_layers * tokens * width * self.dtype.itemsize
 
     @property
     def num_free_pages(self) -> int:
@@ -95,9 +146,116 @@ class PagedKVCache:
     def device(self) -> torch.device:
         return self.seq_lens.device
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(iter(self.keys.values())).dtype
+    @torch.no_grad()
+    def set_scales(self, layer: int, k_scale: Tensor, v_scale: Tensor) -> None:
+        """Take the scales of a layer that is held in e4m3.
+
+        Args:
+            layer: one of fp8_layers.
+            k_scale, v_scale: float32 [Hkv, D], positive, as `StorageAttention.kv_scales` gives them.
+
+        Raises:
+            ValueError: another layer, dtype, shape or sign; or other scales than those with which the tokens
+                in the cache were written.
+        """
+        self._expect(layer in self.fp8_layers, "layer", f"one held in e4m3, {self.fp8_layers}", layer)
+        kept, shape = self._scales.get(layer), [self.config.num_kv_heads, self.config.head_dim]
+        for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+            fits = scale.dtype == torch.float32 and list(scale.shape) == shape and scale.device == self.device
+            got = f"{scale.dtype} {list(scale.shape)} on {scale.device}"
+            self._expect(fits, name, f"torch.float32 {shape} on {self.device}", got)
+        if kept is not None and torch.equal(kept[0], k_scale) and torch.equal(kept[1], v_scale):
+            return
+        for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+            positive = bool(((scale > 0) & scale.isfinite()).all())
+            self._expect(positive, name, "positive finite numbers", "others")
+        used = sum(self._lengths.values())
+        wanted = "those that its tokens were written with, until all rows are freed"
+        self._expect(used == 0, f"scales of layer {layer}", wanted, f"others, with {used} tokens in use")
+        old = kept or (None, None)
+        self._scales[layer] = (_keep(old[0], k_scale), _keep(old[1], v_scale))
+        for sources in self._fused.values():
+            sources.stale |= layer in sources.layers
+
+    def scales(self, layer: int) -> KeysValues:
+        """(k_scale, v_scale) of a layer that is held in e4m3.
+
+        Raises:
+            ValueError: they were not set.
+        """
+        wanted = "set_scales (or bind of the layer) before its first step"
+        self._expect(layer in self._scales, f"scales of layer {layer}", wanted, "none")
+        return self._scales[layer]
+
+    @torch.no_grad()
+    def set_weights(
+        self, reader: nn.Module, plan: LayerPlan, key_weights: Tensor | None, value_weights: Tensor | None
+    ) -> None:
+        """Fold the scales into the fusion weights of a layer that reads sources, and keep the products.
+
+        Args:
+            reader: the ReconstructionAttention.
+            plan: the layers that it reads.
+            key_weights, value_weights: float32 [number of sources, Hkv, D], or None for ones.
+
+        Raises:
+            ValueError: a layer of the plan that the cache lacks, or whose scales were not set.
+        """
+        missing = sorted(set(plan.sources) - self.keys.keys())
+        self._expect(not missing, "plan", f"sources among layers {sorted(self.keys)}", missing)
+        if self.fp8_layers:
+            apart = sorted(set(plan.sources) - set(self.fp8_layers))
+            self._expect(not apart, "plan", f"sources held in e4m3, {self.fp8_layers}", apart)
+        key_weights = self._fold(key_weights, plan.key_sources, 0)
+        value_weights = self._fold(value_weights, plan.value_sources, 1)
+        kept = self._fused.get(reader)
+        if kept is None:
+            keys, values = {**self.keys, **self.key_copies}, {**self.values, **self.value_copies}
+            keys, values = [keys[i] for i in plan.key_sources], [values[i] for i in plan.value_sources]
+            kept = Sources(plan.sources, keys, values)
+        kept.key_weights = _keep(kept.key_weights, key_weights)
+        kept.value_weights = _keep(kept.value_weights, value_weights)
+        kept.stale = False
+        self._fused[reader] = kept
+
+    def _fold(self, weights: Tensor | None, sources: Sequence[int], side: int) -> Tensor | None:
+        if self.fp8_layers:
+            scales = torch.stack([self.scales(layer)[side] for layer in sources])
+            weights = scales if weights is None else weights * scales
+        return None if weights is None else weights.to(self._wide)
+
+    def own(self, layer: int) -> Sources:
+        """What the attention of a storage layer reads; raises ValueError as `scales`."""
+        sources = Sources((layer,), [self.keys[layer]], [self.values[layer]])
+        if self.keys[layer].dtype == torch.float8_e4m3fn:
+            k_scale, v_scale = self.scales(layer)
+            sources.key_weights = k_scale[None].to(self._wide)
+            sources.value_weights = v_scale[None].to(self._wide)
+        return sources
+
+    def fused(self, reader: nn.Module) -> Sources:
+        """What a reconstruction layer reads.
+
+        Raises:
+            ValueError: its weights were not set, or not again after a change of scales.
+        """
+        sources = self._fused.get(reader)
+        wanted = "set_weights (or bind of the layer) before its first step, and again after set_scales"
+        ready = sources is not None and not sources.stale
+        self._expect(ready, "weights", wanted, "none" if sources is None else "those for other scales")
+        return sources
+
+    def write_arguments(self, layer: int) -> dict[str, Tensor | None]:
+        """The caches and scales that `ops.rope_write_kv` takes for a storage layer; errors as `scales`."""
+        k_scale, v_scale = self.scales(layer) if layer in self.fp8_layers else (None, None)
+        return dict(
+            k_cache=self.keys[layer],
+            v_cache=self.values[layer],
+            k_scale=k_scale,
+            v_scale=v_scale,
+            k_copy=self.key_copies.get(layer),
+            v_copy=self.value_copies.get(layer),
+        )
 
     def length(self, row: int) -> int:
         """Tokens of a row."""
@@ -229,6 +387,16 @@ class PagedKVCache:
         return DecodeStep(self, lengths - 1, slots, rows, self.block_table[rows], lengths, lengths)
 
 
+def _keep(kept: Tensor | None, x: Tensor | None) -> Tensor | None:
+    """A copy of x, in the memory of `kept` if there is one: captured graphs go on reading that address."""
+    if x is None:
+        return None
+    if kept is None:
+        with torch.inference_mode(False):  # a tensor of inference mode could not be updated outside of it
+            kept = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return kept.copy_(x)
+
+
 @dataclass
 class PrefillChunk:
     """Packed prompt tokens of several sequences, T in all, each attending to its own sequence.
@@ -242,24 +410,14 @@ class PrefillChunk:
     slot_mapping: Tensor
     groups: list[tuple[int, Tensor]]
 
-    def keys_values(self, layer: int) -> KeysValues:
-        return self.cache.keys[layer], self.cache.values[layer]
-
-    def attend(
-        self,
-        q: Tensor,
-        plan: LayerPlan,
-        key_weights: Tensor | None,
-        value_weights: Tensor | None,
-        window: int = 0,
-    ) -> Tensor:
-        """Attention of q [T, Hq, D] to the cached keys and values of the plan; [T, Hq, D]."""
+    def attend(self, q: Tensor, sources: Sources, window: int = 0) -> Tensor:
+        """Attention of q [T, Hq, D] to cached keys and values, mixed in the dtype of q; [T, Hq, D]."""
         outputs, start = [], 0
         for count, slots in self.groups:
             end = start + count * len(slots)
-            keys = [self.cache.keys[layer].flatten(0, 1)[slots] for layer in plan.key_sources]
-            values = [self.cache.values[layer].flatten(0, 1)[slots] for layer in plan.value_sources]
-            k, v = mix_sources(keys, values, key_weights, value_weights)
+            keys = [x.flatten(0, 1)[slots].to(q.dtype) for x in sources.keys]
+            values = [x.flatten(0, 1)[slots].to(q.dtype) for x in sources.values]
+            k, v = mix_sources(keys, values, sources.key_weights, sources.value_weights)
             queries = q[start:end].unflatten(0, (-1, count))
             outputs.append(causal_attention(queries, k, v, window).flatten(0, 1))
             start = end
@@ -283,32 +441,20 @@ class DecodeStep:
     lengths: Tensor
     _schedules: dict[int, Tensor] = field(default_factory=dict)
 
-    def keys_values(self, layer: int) -> KeysValues:
-        return self.cache.keys[layer], self.cache.values[layer]
-
     def commit(self) -> None:
         """Store the new lengths on the device; the host learns of them by `cache.advance` only."""
         self.cache.seq_lens[self.rows] = self.lengths
 
-    def attend(
-        self,
-        q: Tensor,
-        plan: LayerPlan,
-        key_weights: Tensor | None,
-        value_weights: Tensor | None,
-        window: int = 0,
-    ) -> Tensor:
-        """Attention of q [B, Hq, D] to the cached keys and values of the plan; [B, Hq, D]."""
-        keys = [self.cache.keys[layer] for layer in plan.key_sources]
-        values = [self.cache.values[layer] for layer in plan.value_sources]
-        if max(len(keys), len(values)) > 2:
-            return self._attend_gathered(q, keys, values, key_weights, value_weights)
+    def attend(self, q: Tensor, sources: Sources, window: int = 0) -> Tensor:
+        """Attention of q [B, Hq, D] to cached keys and values; [B, Hq, D]."""
+        if max(len(sources.keys), len(sources.values)) > 2:
+            return self._attend_gathered(q, sources)
         out = ops.fused_attention(
             q[:, None],
-            keys,
-            values,
-            key_weights,
-            value_weights,
+            sources.keys,
+            sources.values,
+            sources.key_weights,
+            sources.value_weights,
             self.block_table,
             self.seq_lens,
             self._schedule(window),
@@ -326,14 +472,7 @@ class DecodeStep:
             self._schedules[window] = schedule
         return self._schedules[window]
 
-    def _attend_gathered(
-        self,
-        q: Tensor,
-        keys: Sequence[Tensor],
-        values: Sequence[Tensor],
-        key_weights: Tensor | None,
-        value_weights: Tensor | None,
-    ) -> Tensor:
+    def _attend_gathered(self, q: Tensor, sources: Sources) -> Tensor:
         """More sources than the kernel takes (the probe): mix the whole capacity, under a mask."""
         size = self.cache.page_size
         token = torch.arange(self.block_table.shape[1] * size, device=q.device)
@@ -341,7 +480,7 @@ class DecodeStep:
         visible = (token < self.seq_lens[:, None]) & (pages >= 0)
         slots = torch.where(visible, pages * size + token % size, 0)
         hidden = ~visible[:, :, None, None]  # a slot that was never written may hold NaN, and 0 * NaN is NaN
-        keys = [x.flatten(0, 1)[slots].masked_fill(hidden, 0) for x in keys]
-        values = [x.flatten(0, 1)[slots].masked_fill(hidden, 0) for x in values]
-        k, v = mix_sources(keys, values, key_weights, value_weights)
+        keys = [x.flatten(0, 1)[slots].to(q.dtype).masked_fill(hidden, 0) for x in sources.keys]
+        values = [x.flatten(0, 1)[slots].to(q.dtype).masked_fill(hidden, 0) for x in sources.values]
+        k, v = mix_sources(keys, values, sources.key_weights, sources.value_weights)
         return masked_attention(q[:, None], k, v, visible[:, None, None, :])[:, 0]

@@ -84,6 +84,17 @@ class Checker:
         self.tensor(name, cache, dtypes, (other.shape[0], other.shape[1], heads, d))
         self.expect(cache.dtype == other.dtype, name, f"dtype {_name(other.dtype)}", _name(cache.dtype))
 
+    def copies(self, k_cache: Tensor, k_copy: Tensor | None, v_copy: Tensor | None) -> None:
+        """Check e4m3 copies: both or none, of the caches' shape, beside caches that are not e4m3."""
+        given = [x is not None for x in (k_copy, v_copy)]
+        self.expect(all(given) or not any(given), "k_copy, v_copy", "both or none of them", given)
+        if k_copy is None:
+            return
+        e4m3 = torch.float8_e4m3fn
+        self.expect(k_cache.dtype != e4m3, "k_cache", "the dtype of the input beside copies", _name(e4m3))
+        self.tensor("k_copy", k_copy, (e4m3,), tuple(k_cache.shape))
+        self.tensor("v_copy", v_copy, (e4m3,), tuple(k_cache.shape))
+
     def scale(self, name: str, scale: Tensor | None, heads: int, d: int) -> None:
         if scale is not None:
             self.tensor(name, scale, (torch.float32,), (heads, d))
@@ -111,7 +122,9 @@ class Checker:
         return d
 
 
-def write_kv(k, v, k_cache, v_cache, slot_mapping, k_scale=None, v_scale=None) -> None:
+def write_kv(
+    k, v, k_cache, v_cache, slot_mapping, k_scale=None, v_scale=None, k_copy=None, v_copy=None
+) -> None:
     c = Checker("write_kv", k.device)
     c.tensor("k", k, FLOATS, (None, None, None))
     tokens, heads, d = k.shape
@@ -121,10 +134,23 @@ def write_kv(k, v, k_cache, v_cache, slot_mapping, k_scale=None, v_scale=None) -
     c.tensor("slot_mapping", slot_mapping, (torch.int64,), (tokens,))
     c.scale("k_scale", k_scale, heads, d)
     c.scale("v_scale", v_scale, heads, d)
+    c.copies(k_cache, k_copy, v_copy)
 
 
 def _write_side(
-    c: Checker, num_heads, d, dtype_like, tokens, q_out, k_cache, v_cache, slot_mapping, k_scale, v_scale
+    c: Checker,
+    num_heads,
+    d,
+    dtype_like,
+    tokens,
+    q_out,
+    k_cache,
+    v_cache,
+    slot_mapping,
+    k_scale,
+    v_scale,
+    k_copy,
+    v_copy,
 ) -> None:
     num_q = 0
     if q_out is not None:
@@ -142,6 +168,9 @@ def _write_side(
         c.tensor("slot_mapping", slot_mapping, (torch.int64,), (tokens,))
         c.scale("k_scale", k_scale, num_kv, d)
         c.scale("v_scale", v_scale, num_kv, d)
+        c.copies(k_cache, k_copy, v_copy)
+    else:
+        c.expect(k_copy is None and v_copy is None, "k_copy, v_copy", "none without caches", "a copy")
     heads = f"{num_q} (q_out) + 2 * {num_kv} (k_cache, v_cache) heads of {d} channels"
     c.expect(
         num_heads == num_q + 2 * num_kv,
@@ -165,6 +194,8 @@ def rope_write_kv(
     slot_mapping=None,
     k_scale=None,
     v_scale=None,
+    k_copy=None,
+    v_copy=None,
 ) -> None:
     c = Checker("rope_write_kv", qkv.device)
     c.tensor("qkv", qkv, FLOATS, (None, None, None))
@@ -172,7 +203,8 @@ def rope_write_kv(
     d = c.rope(tokens, positions, cos_sin, {"q_norm": q_norm, "k_norm": k_norm}, qkv.dtype)
     c.expect(width == d, "qkv", f"shape [*, *, {d}]", list(qkv.shape))
     c.expect(qkv.numel() == 0 or qkv.stride(1) == d, "qkv", "heads packed without gaps", qkv.stride())
-    _write_side(c, num_heads, d, qkv, tokens, q_out, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+    caches = (k_cache, v_cache, slot_mapping, k_scale, v_scale, k_copy, v_copy)
+    _write_side(c, num_heads, d, qkv, tokens, q_out, *caches)
 
 
 def _projection(c: Checker, x, weight, positions, cos_sin, norms, bias) -> tuple[int, int]:
@@ -213,11 +245,14 @@ def rope_key_projection_write(
     interleaved=False,
     k_scale=None,
     v_scale=None,
+    k_copy=None,
+    v_copy=None,
 ) -> None:
     c = Checker("rope_key_projection_write", x.device)
     norms = {"q_norm": q_norm, "k_norm": k_norm}
     heads, d = _projection(c, x, weight, positions, cos_sin, norms, bias)
-    _write_side(c, heads, d, x, x.shape[0], q_out, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+    caches = (k_cache, v_cache, slot_mapping, k_scale, v_scale, k_copy, v_copy)
+    _write_side(c, heads, d, x, x.shape[0], q_out, *caches)
 
 
 def _fuse_side(c: Checker, name: str, sources, weights, like: Tensor) -> None:

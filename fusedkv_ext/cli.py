@@ -15,7 +15,7 @@ import torch
 
 import fusedkv_ext
 from fusedkv_ext import extension
-from fusedkv_ext.cache import PagedKVCache
+from fusedkv_ext.cache import FP8_SOURCES, PagedKVCache
 from fusedkv_ext.checks import expect
 from fusedkv_ext.generation import stream
 from fusedkv_ext.model import CONFIG_NAME, WEIGHTS_NAME, FusedKVForCausalLM
@@ -104,7 +104,7 @@ class Text:
     def _new_cache(self) -> PagedKVCache:
         wanted = len(self.prompt) + self.args.max_new_tokens
         tokens = max(1, min(wanted, self.model.config.max_position_embeddings))
-        return self.model.new_cache(-(-tokens // PAGE_SIZE), PAGE_SIZE)
+        return self.model.new_cache(-(-tokens // PAGE_SIZE), PAGE_SIZE, fp8_sources=self.args.fp8_sources)
 
     def pieces(self) -> Iterator[str]:
         from tokenizers.decoders import DecodeStream
@@ -182,6 +182,12 @@ def parser() -> argparse.ArgumentParser:
         add("--seed", metavar="S", type=int, help="same seed, same text")
         add("--device", help="cpu or cuda; by default cuda where the kernels can run")
         add("--dtype", choices=DTYPES, help="by default bfloat16 on cuda, float32 on cpu")
+        add(
+            "--fp8-sources",
+            choices=FP8_SOURCES,
+            default="none",
+            help="cache the layers that others read in fp8: as a copy, or only so (default: %(default)s)",
+        )
     # So small a model repeats itself when the most probable token always wins.
     demo.set_defaults(temperature=0.6, top_p=0.9, seed=2)
     return top

@@ -220,6 +220,7 @@ def _prepare(
     cache: PagedKVCache | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     use_cuda_graph: bool | None = None,
+    fp8_sources: str = "none",
 ) -> _Run:
     """Check the arguments of generate and stream, before anything is written."""
     op, on_cuda = "generate", model.device.type == "cuda"
@@ -242,8 +243,10 @@ def _prepare(
     uniforms = torch.rand(len(tokens), max_new_tokens, generator=generator).t()
     if cache is None:
         pages = sum(-(-capacity // page_size) for capacity in _capacities(tokens, max_new_tokens))
-        cache = model.new_cache(pages, page_size, len(tokens))
+        cache = model.new_cache(pages, page_size, len(tokens), fp8_sources)
     model.check_cache(cache, op)
+    same = fp8_sources in ("none", cache.fp8_sources)
+    expect(same, op, "fp8_sources", f"{cache.fp8_sources!r}, that of the cache", repr(fp8_sources))
     graph = on_cuda and use_cuda_graph is not False
     return _Run(model, tokens, max_new_tokens, sampling, uniforms, stop_tokens, cache, prefill_chunk, graph)
 
@@ -339,13 +342,16 @@ def generate(
             the size needed. Its rows are given back at the end.
         prefill_chunk: the most prompt tokens that go through the layers at once.
         use_cuda_graph: replay one captured graph a decode step; None (default) does so on CUDA.
+        fp8_sources: how the cache holds the layers that other layers read, "none" (default: in the dtype of
+            the model), "copy" or "only": see PagedKVCache. A cache of your own brings its own.
 
     Returns:
         A Generation.
 
     Raises:
         ValueError: an empty batch or prompt, a token id outside the vocabulary, prompt plus max_new_tokens
-            beyond max_position_embeddings or the cache, or an option out of range; nothing is written then.
+            beyond max_position_embeddings or the cache, an option out of range, or a cache that holds tokens
+            in e4m3 of earlier weights; nothing is written then.
         TypeError: an option that is not listed here; the message names it.
     """
     run = _prepare(model, prompts, max_new_tokens, **options)

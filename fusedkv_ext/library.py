@@ -12,16 +12,17 @@ from fusedkv_ext import checks, reference
 
 SCHEMAS = (
     "write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping,"
-    " Tensor? k_scale=None, Tensor? v_scale=None) -> ()",
+    " Tensor? k_scale=None, Tensor? v_scale=None, Tensor(c!)? k_copy=None, Tensor(d!)? v_copy=None) -> ()",
     "rope_write_kv(Tensor qkv, Tensor(a!)? q_out, Tensor(b!)? k_cache, Tensor(c!)? v_cache, Tensor positions,"
     " Tensor cos_sin, Tensor? q_norm=None, Tensor? k_norm=None, float eps=1e-6, bool interleaved=False,"
-    " Tensor? slot_mapping=None, Tensor? k_scale=None, Tensor? v_scale=None) -> ()",
+    " Tensor? slot_mapping=None, Tensor? k_scale=None, Tensor? v_scale=None,"
+    " Tensor(d!)? k_copy=None, Tensor(e!)? v_copy=None) -> ()",
     "rope_key_projection(Tensor x, Tensor weight, Tensor positions, Tensor cos_sin, Tensor? norm=None,"
     " float eps=1e-6, Tensor? bias=None, bool interleaved=False) -> Tensor",
     "rope_key_projection_write(Tensor x, Tensor weight, Tensor(a!)? q_out, Tensor(b!) k_cache,"
     " Tensor(c!) v_cache, Tensor positions, Tensor cos_sin, Tensor slot_mapping, Tensor? q_norm=None,"
     " Tensor? k_norm=None, float eps=1e-6, Tensor? bias=None, bool interleaved=False,"
-    " Tensor? k_scale=None, Tensor? v_scale=None) -> ()",
+    " Tensor? k_scale=None, Tensor? v_scale=None, Tensor(d!)? k_copy=None, Tensor(e!)? v_copy=None) -> ()",
     "fuse_kv(Tensor[] k_sources, Tensor[] v_sources, Tensor key_weights, Tensor value_weights)"
     " -> (Tensor, Tensor)",
     "fuse_kv_backward(Tensor grad_k, Tensor grad_v, Tensor[] k_sources, Tensor[] v_sources,"

@@ -101,6 +101,11 @@ class FusedKVModel(nn.Module):
                 shared[i] = own
         return self.norm(x)
 
+    def bind(self, cache: PagedKVCache) -> None:
+        """Hand a cache what it needs of the present weights, see DecoderLayer.bind."""
+        for layer in self.layers:
+            layer.bind(cache, self.rotary())
+
     def cached(self, x: Tensor, layers: Iterable[int], step: PrefillChunk | DecodeStep) -> Tensor:
         """x [T, hidden] through some of the layers, with the cache."""
         for i in layers:
@@ -175,9 +180,25 @@ class FusedKVForCausalLM(nn.Module):
         last = self.config.vocab_size - 1
         expect(low >= 0 and high <= last, op, name, f"token ids 0 to {last}", low if low < 0 else high)
 
-    def new_cache(self, num_pages: int, page_size: int = 64, max_batch: int = 1) -> PagedKVCache:
-        """A cache with this model's shape, dtype and device."""
-        return PagedKVCache(self.config, num_pages, page_size, max_batch, self.dtype, self.device)
+    def new_cache(
+        self, num_pages: int, page_size: int = 64, max_batch: int = 1, fp8_sources: str = "none"
+    ) -> PagedKVCache:
+        """A cache with this model's shape, dtype and device; arguments and errors as of PagedKVCache."""
+        options = (self.dtype, self.device, fp8_sources)
+        return PagedKVCache(self.config, num_pages, page_size, max_batch, *options)
+
+    @torch.no_grad()
+    @_without_autocast
+    def bind(self, cache: PagedKVCache) -> None:
+        """Hand a cache the scales and fusion weights of the present weights, in place of earlier ones.
+
+        `prefill` and `decode` begin with it, so that a change of weights between two calls counts.
+        `decode_step` does not, because it may be replayed as a graph.
+
+        Raises:
+            ValueError: the weights have changed since the cache's tokens were written in e4m3.
+        """
+        self.model.bind(cache)
 
     @torch.no_grad()
     @_without_autocast
@@ -205,7 +226,8 @@ class FusedKVForCausalLM(nn.Module):
             Logits [B, vocab] of the last tokens, or with all_logits a list of [S, vocab], one a prompt.
 
         Raises:
-            ValueError: an empty batch or prompt, a row not in use or without room; nothing is written then.
+            ValueError: an empty batch or prompt, a row not in use or without room, or an error of `bind`;
+                nothing is written then.
         """
         op = "prefill"
         self.check_cache(cache, op)
@@ -218,6 +240,7 @@ class FusedKVForCausalLM(nn.Module):
             expect(fits, op, f"prompts[{i}]", "int64 or int32 [S] of at least one token", got)
             self.check_tokens(prompt, op, f"prompts[{i}]")
         cache.check_append(rows, [len(prompt) for prompt in prompts])
+        self.bind(cache)
 
         last, num_layers = self.config.plan.last_storage, self.config.num_layers
         outputs: list[list[Tensor]] = [[] for _ in rows]  # of each prompt, chunk by chunk
@@ -255,8 +278,8 @@ class FusedKVForCausalLM(nn.Module):
             Logits [B, vocab].
 
         Raises:
-            ValueError: an empty batch, tokens that do not fit rows, a row not in use or full; nothing is
-                written then.
+            ValueError: an empty batch, tokens that do not fit rows, a row not in use or full, or an error of
+                `bind`; nothing is written then.
         """
         self.check_cache(cache, "decode")
         expect(len(rows) > 0, "decode", "rows", "at least one sequence", 0)
@@ -265,6 +288,7 @@ class FusedKVForCausalLM(nn.Module):
         expect(fits, "decode", "tokens", f"int64 or int32 [{len(rows)}]", got)
         self.check_tokens(tokens, "decode", "tokens")
         cache.check_append(rows, [1] * len(rows))
+        self.bind(cache)
         step = cache.decode_step(torch.tensor(list(rows), device=self.device))
         logits = self.decode_step(tokens.to(self.device), step)
         cache.advance(rows, [1] * len(rows))
@@ -273,7 +297,10 @@ class FusedKVForCausalLM(nn.Module):
     @torch.no_grad()
     @_without_autocast
     def decode_step(self, tokens: Tensor, step: DecodeStep) -> Tensor:
-        """Logits [B, vocab] of tokens [B] at a step of the cache; device work only, fit for a CUDA graph."""
+        """Logits [B, vocab] of tokens [B] at a step of a cache that `prefill` (or `bind`) has prepared.
+
+        Device work only, fit for a CUDA graph.
+        """
         x = self.model.cached(self.model.embed_tokens(tokens), range(self.config.num_layers), step)
         return self.logits(self.model.norm(x))
 

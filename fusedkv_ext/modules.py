@@ -4,6 +4,10 @@ Every attention module has two forms. `forward` takes whole sequences [B, S, hid
 training, differentiable and fit for torch.compile. `cached` takes packed tokens [T, hidden] and a *step*
 (cache.PrefillChunk or cache.DecodeStep) that knows where their keys and values live: for generation.
 
+Before the first step `bind` hands the cache what depends on the weights alone, so that no step computes it
+again: the scales of source layers in e4m3, and the fusion weights. Bind the layers from the lowest up, and
+again whenever their weights have changed.
+
 Dimensions: B sequences, S tokens, T packed tokens, Hq query heads, Hkv key/value heads, D head dim.
 """
 
@@ -23,10 +27,11 @@ from fusedkv_ext.config import FUSION_INITS
 from fusedkv_ext.plan import MAX_SOURCES, WEIGHT_KINDS, LayerPlan, WeightKind
 
 if TYPE_CHECKING:
-    from fusedkv_ext.cache import DecodeStep, PrefillChunk
+    from fusedkv_ext.cache import DecodeStep, PagedKVCache, PrefillChunk
 
 KeysValues = tuple[Tensor, Tensor]
 QUERY_BLOCK = 512  # query tokens that one explicit mask covers, to bound its memory
+E4M3_MAX = 448.0  # the largest float8_e4m3fn
 
 
 class Float32Module(nn.Module):
@@ -321,23 +326,26 @@ class _Attention(nn.Module):
         cos_sin: Tensor,
         step: PrefillChunk | DecodeStep,
         k_norm: RMSNorm | None = None,
-        caches: KeysValues | None = None,
+        layer: int | None = None,
     ) -> Tensor | None:
-        """Norm, RoPE and cache write of packed heads [T, num_heads (+ 2 Hkv), D]; return the queries."""
+        """Norm, RoPE and cache write of packed heads [T, num_heads (+ 2 Hkv), D]; return the queries.
+
+        layer: the one whose keys and values they hold; None when they are queries only.
+        """
         q = heads.new_empty(heads.shape[0], num_heads, self.head_dim) if num_heads else None
-        k_cache, v_cache = caches or (None, None)
+        caches: dict[str, Tensor | None] = dict(k_cache=None, v_cache=None)
+        if layer is not None:
+            caches = dict(slot_mapping=step.slot_mapping, **step.cache.write_arguments(layer))
         ops.rope_write_kv(
             heads,
             q,
-            k_cache,
-            v_cache,
-            step.positions,
-            cos_sin,
-            None if self.q_norm is None else self.q_norm.weight,
-            None if k_norm is None else k_norm.weight,
-            self.eps,
-            self.interleaved,
-            None if caches is None else step.slot_mapping,
+            positions=step.positions,
+            cos_sin=cos_sin,
+            q_norm=None if self.q_norm is None else self.q_norm.weight,
+            k_norm=None if k_norm is None else k_norm.weight,
+            eps=self.eps,
+            interleaved=self.interleaved,
+            **caches,
         )
         return q
 
@@ -394,19 +402,59 @@ class StorageAttention(_Attention):
         out = causal_attention(q, k, v, self.window)
         return self.o_proj(out.flatten(2)), (k, v)
 
+    @torch.no_grad()
+    def kv_scales(self, norm_weight: Tensor, cos_sin: Tensor) -> KeysValues:
+        """Scales with which no key and no value is beyond e4m3's range, whatever the input.
+
+            |v_j| <= sqrt(hidden) ||W_j * g||       for an input that is RMS-normalised with the weight g
+            |k_j| <= sqrt(D) |w_j|                  after the norm of k with weight w; else as |v_j|
+            |rope(k)_j| <= hypot(|k_j|, |k_pair(j)|) times the magnitude of the table (not 1 with yarn)
+
+        and scale = bound / 448, or 1 where that is zero. A bound that is far from reached costs no precision,
+        because e4m3 is a floating-point format. Rounding in half precision may pass the bound by a hundredth,
+        which changes nothing: up to 464 rounds to 448.
+
+        Args:
+            norm_weight: [hidden], of the RMSNorm that makes the input x.
+            cos_sin: float32 [max_positions, D].
+
+        Returns:
+            (k_scale, v_scale), float32 [Hkv, D].
+        """
+        wide = torch.promote_types(self.qkv_proj.weight.dtype, torch.float32)
+        rows = self.qkv_proj.weight[self.num_heads * self.head_dim :].to(wide) * norm_weight.to(wide)
+        bounds = rows.norm(dim=-1).unflatten(0, (2, -1, self.head_dim)) * rows.shape[-1] ** 0.5
+        keys, values = bounds
+        if self.k_norm is not None:
+            keys = (self.k_norm.weight.to(wide).abs() * self.head_dim**0.5).expand_as(values)
+        first, second = (keys[..., 0::2], keys[..., 1::2]) if self.interleaved else keys.chunk(2, -1)
+        # Every position has the magnitude of the first.
+        pairs = torch.hypot(first, second) * torch.hypot(*cos_sin[0].to(wide).chunk(2))
+        keys = pairs.repeat_interleave(2, -1) if self.interleaved else torch.cat((pairs, pairs), -1)
+
+        def scale(bound: Tensor) -> Tensor:
+            scale = (bound / E4M3_MAX).float()
+            return torch.where(scale >= torch.finfo(torch.float32).tiny, scale, 1.0)
+
+        return scale(keys), scale(values)
+
+    def bind(self, cache: PagedKVCache, norm_weight: Tensor, cos_sin: Tensor) -> None:
+        """Set the scales of this layer in a cache that holds it in e4m3; arguments as in kv_scales."""
+        if self.layer in cache.fp8_layers:
+            cache.set_scales(self.layer, *self.kv_scales(norm_weight, cos_sin))
+
     def cached(self, x: Tensor, cos_sin: Tensor, step: PrefillChunk | DecodeStep) -> Tensor:
         """Write the keys and values of x [T, hidden] to the step's slots, then attend to the cache."""
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
-        caches = step.keys_values(self.layer)
-        q = self._rotate_and_write(heads, self.num_heads, cos_sin, step, self.k_norm, caches)
-        out = step.attend(q, LayerPlan((self.layer,), (self.layer,)), None, None, self.window)
+        q = self._rotate_and_write(heads, self.num_heads, cos_sin, step, self.k_norm, self.layer)
+        out = step.attend(q, step.cache.own(self.layer), self.window)
         return self.o_proj(out.flatten(1))
 
     def write_kv(self, x: Tensor, cos_sin: Tensor, step: PrefillChunk | DecodeStep) -> None:
         """Only write the keys and values of x [T, hidden]: all that a prompt needs of the last such layer."""
         rows = self.qkv_proj.weight[self.num_heads * self.head_dim :]
         heads = F.linear(x, rows).unflatten(-1, (-1, self.head_dim))
-        self._rotate_and_write(heads, 0, cos_sin, step, self.k_norm, step.keys_values(self.layer))
+        self._rotate_and_write(heads, 0, cos_sin, step, self.k_norm, self.layer)
 
 
 class ReconstructionAttention(_Attention):
@@ -471,11 +519,20 @@ class ReconstructionAttention(_Attention):
         out = causal_attention(q, *mix_sources(keys, values, *self.fusion()))
         return self.o_proj(out.flatten(2)), None
 
+    def bind(
+        self, cache: PagedKVCache, norm_weight: Tensor | None = None, cos_sin: Tensor | None = None
+    ) -> None:
+        """Set the fusion weights in a cache, after its source layers were bound.
+
+        norm_weight, cos_sin: unused; StorageAttention has the same signature.
+        """
+        cache.set_weights(self, self.plan, *self.fusion())
+
     def cached(self, x: Tensor, cos_sin: Tensor, step: PrefillChunk | DecodeStep) -> Tensor:
-        """Attend from x [T, hidden] to the cache of the source layers."""
+        """Attend from x [T, hidden] to the cache of the source layers, after `bind`."""
         heads = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
         q = self._rotate_and_write(heads, self.num_heads, cos_sin, step)
-        return self.o_proj(step.attend(q, self.plan, *self.fusion()).flatten(1))
+        return self.o_proj(step.attend(q, step.cache.fused(self)).flatten(1))
 
 
 def mix_sources(
@@ -524,8 +581,17 @@ class DecoderLayer(nn.Module):
         x = x + out
         return x + self.mlp(self.mlp_norm(x)), own
 
+    def bind(self, cache: PagedKVCache, cos_sin: Tensor) -> None:
+        """Hand a cache the scales or fusion weights of this layer: before its first step, lower layers first.
+
+        Raises:
+            ValueError: the weights have changed since the cache's tokens were written in e4m3, or a source
+                layer was not bound.
+        """
+        self.attention.bind(cache, self.attention_norm.weight, cos_sin)
+
     def cached(self, x: Tensor, cos_sin: Tensor, step: PrefillChunk | DecodeStep) -> Tensor:
-        """x [T, hidden] to the same shape, through the cache."""
+        """x [T, hidden] to the same shape, through a cache that `bind` has prepared."""
         x = x + self.attention.cached(self.attention_norm(x), cos_sin, step)
         return x + self.mlp(self.mlp_norm(x))
 

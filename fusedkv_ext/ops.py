@@ -31,21 +31,29 @@ def write_kv(
     slot_mapping: Tensor,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    k_copy: Tensor | None = None,
+    v_copy: Tensor | None = None,
 ) -> None:
     """Write keys and values of a storage layer into their cache slots.
 
         cache[slot_mapping[t]] = saturate(x[t] / scale)
+
+    or, with copies, which the same launch writes,
+
+        cache[slot_mapping[t]] = x[t],   copy[slot_mapping[t]] = saturate(x[t] / scale)
 
     Args:
         k, v: [T, Hkv, D].
         k_cache, v_cache: caches of the dtype of k, or both float8_e4m3fn; mutated.
         slot_mapping: int64 [T]; -1 skips the token. Two tokens must not share a slot.
         k_scale, v_scale: float32 [Hkv, D], or None for ones.
+        k_copy, v_copy: float8_e4m3fn caches of the shape of k_cache with strides of their own, mutated, both
+            or neither; k_cache and v_cache then have the dtype of k.
 
     Raises:
         ValueError: a device, dtype, shape or stride that does not fit.
     """
-    _ops.write_kv(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+    _ops.write_kv(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, k_copy, v_copy)
 
 
 def rope_write_kv(
@@ -62,10 +70,15 @@ def rope_write_kv(
     slot_mapping: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    k_copy: Tensor | None = None,
+    v_copy: Tensor | None = None,
 ) -> None:
     """Per-head RMSNorm, RoPE and the cache write of a packed projection, in one launch.
 
         q_out = rope(norm(q)),   k_cache[slot] = rope(norm(k)) / k_scale,   v_cache[slot] = v / v_scale
+
+    With copies the scales belong to them, as in `write_kv`. Caches and copies are each rounded once, from the
+    float32 result of norm and RoPE.
 
     Args:
         qkv: [T, Hq + 2 * Hkv, D], heads in the order q, k, v.
@@ -76,7 +89,7 @@ def rope_write_kv(
         q_norm, k_norm: RMSNorm weights [D] of the dtype of qkv, or None for no norm.
         eps: epsilon of the norms.
         interleaved: pair channels (2j, 2j+1) instead of (j, j + D/2).
-        slot_mapping, k_scale, v_scale: as in `write_kv`.
+        slot_mapping, k_scale, v_scale, k_copy, v_copy: as in `write_kv`.
 
     Raises:
         ValueError: a device, dtype, shape or stride that does not fit.
@@ -95,6 +108,8 @@ def rope_write_kv(
         slot_mapping,
         k_scale,
         v_scale,
+        k_copy,
+        v_copy,
     )
 
 
@@ -143,6 +158,8 @@ def rope_key_projection_write(
     interleaved: bool = False,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    k_copy: Tensor | None = None,
+    v_copy: Tensor | None = None,
 ) -> None:
     """`rope_write_kv` of the product `x @ weight.T + bias`, without the product touching memory.
 
@@ -171,6 +188,8 @@ def rope_key_projection_write(
         interleaved,
         k_scale,
         v_scale,
+        k_copy,
+        v_copy,
     )
 
 

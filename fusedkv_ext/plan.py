@@ -81,6 +81,12 @@ class CrossLayerPlan:
         """The layers that project, and cache, keys and values."""
         return tuple(i for i, plan in enumerate(self.layers) if plan.sources == (i,))
 
+    @cached_property
+    def source_layers(self) -> tuple[int, ...]:
+        """The storage layers that another layer reads."""
+        read = {source for i, plan in enumerate(self.layers) for source in plan.sources if source != i}
+        return tuple(sorted(read))
+
     @property
     def last_storage(self) -> int:
         """The highest storage layer: a prompt needs its keys and values, and nothing of any layer above it.

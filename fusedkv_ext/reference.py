@@ -42,7 +42,12 @@ def apply_rope(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool 
     return torch.stack(rotated, -1).flatten(-2) if interleaved else torch.cat(rotated, -1)
 
 
-def _store(rows: Tensor, cache: Tensor, slot_mapping: Tensor, scale: Tensor | None) -> None:
+def _store(
+    rows: Tensor, cache: Tensor, slot_mapping: Tensor, scale: Tensor | None, copy: Tensor | None = None
+) -> None:
+    if copy is not None:
+        _store(rows, copy, slot_mapping, scale)
+        scale = None  # it belongs to the copy
     page_size = cache.shape[1]
     valid = (slot_mapping >= 0) & (slot_mapping < cache.shape[0] * page_size)
     slots, rows = slot_mapping[valid], _wide(rows[valid])
@@ -61,9 +66,11 @@ def write_kv(
     slot_mapping: Tensor,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    k_copy: Tensor | None = None,
+    v_copy: Tensor | None = None,
 ) -> None:
-    _store(k, k_cache, slot_mapping, k_scale)
-    _store(v, v_cache, slot_mapping, v_scale)
+    _store(k, k_cache, slot_mapping, k_scale, k_copy)
+    _store(v, v_cache, slot_mapping, v_scale, v_copy)
 
 
 def rope_write_kv(
@@ -80,6 +87,8 @@ def rope_write_kv(
     slot_mapping: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    k_copy: Tensor | None = None,
+    v_copy: Tensor | None = None,
 ) -> None:
     num_q = 0 if q_out is None else q_out.shape[1]
     num_kv = 0 if k_cache is None else k_cache.shape[2]
@@ -93,8 +102,8 @@ def rope_write_kv(
     if k_cache is not None:
         inside = (positions >= 0) & (positions < cos_sin.shape[0])
         slots = torch.where(inside, slot_mapping, -1)
-        _store(apply_rope(k, positions, cos_sin, interleaved), k_cache, slots, k_scale)
-        _store(v, v_cache, slots, v_scale)
+        _store(apply_rope(k, positions, cos_sin, interleaved), k_cache, slots, k_scale, k_copy)
+        _store(v, v_cache, slots, v_scale, v_copy)
 
 
 def rope_key_projection(
@@ -131,6 +140,8 @@ def rope_key_projection_write(
     interleaved: bool = False,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    k_copy: Tensor | None = None,
+    v_copy: Tensor | None = None,
 ) -> None:
     wide_bias = None if bias is None else _wide(bias)
     heads = torch.nn.functional.linear(_wide(x), _wide(weight), wide_bias)
@@ -148,6 +159,8 @@ def rope_key_projection_write(
         slot_mapping,
         k_scale,
         v_scale,
+        k_copy,
+        v_copy,
     )
 
 
@@ -226,11 +239,11 @@ def fused_attention(
         if key_pos.numel() == 0:
             continue
         slots = (pages, key_pos % page_size)
-        keys = _mix([source[slots] for source in k_sources], key_weights)  # [tokens, Hkv, D]
-        values = _mix([source[slots] for source in v_sources], value_weights)
+        keys = _mix([source[slots].to(out.dtype) for source in k_sources], key_weights)  # [tokens, Hkv, D]
+        values = _mix([source[slots].to(out.dtype) for source in v_sources], value_weights)
         group = num_q_heads // num_kv_heads
         queries = _wide(q[b]).unflatten(1, (num_kv_heads, group))  # [Q, Hkv, G, D]
-        scores = torch.einsum("qhgd,thd->hgqt", queries.to(keys.dtype), keys) * scale
+        scores = torch.einsum("qhgd,thd->hgqt", queries, keys) * scale
         query_pos = length - num_tokens + torch.arange(num_tokens, device=q.device)[:, None]
         visible = key_pos <= query_pos
         if window > 0:

@@ -8,6 +8,12 @@ from torch import Tensor
 FP8 = torch.float8_e4m3fn
 
 
+def op_checks(fp8: bool) -> tuple[str, ...]:
+    """The checks of torch.library.opcheck; that of the schema compares by allclose, which float8 lacks."""
+    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    return checks if fp8 else ("test_schema", *checks)
+
+
 def cos_sin_table(max_positions: int, d: int, device: str, dtype: torch.dtype = torch.float32) -> Tensor:
     """[max_positions, D]: cosines, then sines, of position * 10000^(-2j/D)."""
     angles = torch.arange(max_positions).double()[:, None] * 1e4 ** (-torch.arange(0, d, 2).double() / d)
@@ -35,6 +41,13 @@ def make_caches(
     slots[2::10] = -1
     slots[7::10] = pages * page_size
     return pool[:, :, :heads], pool[:, :, heads : 2 * heads], slots.to(device)
+
+
+def make_copies(cache: Tensor) -> tuple[Tensor, Tensor]:
+    """NaN-filled e4m3 key and value copies of the shape of `cache`, with the heads outside the tokens."""
+    pages, page_size, heads, d = cache.shape
+    filled = [torch.full((pages, heads, page_size, d), float("nan")) for _ in range(2)]
+    return tuple(x.to(cache.device, FP8).transpose(1, 2) for x in filled)
 
 
 def finish_heads(
@@ -76,6 +89,36 @@ def written(
                 value.clamp(-448, 448) if cache.dtype == FP8 else value
             )
     return expected
+
+
+def written_sides(inputs: dict, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`written` for the caches and, where the inputs have them, the copies, to which the scales then belong.
+
+    rows: of "k" and "v".
+    """
+    indices = [inputs[name] for name in ("slot_mapping", "positions", "cos_sin")]
+    results = {}
+    for side, x in rows.items():
+        cache, copy, scale = (inputs[f"{side}_{name}"] for name in ("cache", "copy", "scale"))
+        results[f"{side}_cache"] = written(cache, x, *indices, scale if copy is None else None)
+        if copy is not None:
+            results[f"{side}_copy"] = written(copy, x, *indices, scale)
+    return results
+
+
+def outputs(inputs: dict) -> dict[str, Tensor]:
+    """What the op of these inputs writes."""
+    names = ("q_out", "k_cache", "v_cache", "k_copy", "v_copy")
+    return {name: inputs[name] for name in names if inputs[name] is not None}
+
+
+def all_nan(inputs: dict) -> bool:
+    return all(x.float().isnan().all() for x in outputs(inputs).values())
+
+
+def same_outputs(inputs: dict, others: dict) -> bool:
+    pairs = zip(outputs(inputs).values(), outputs(others).values(), strict=True)
+    return all(torch.equal(a.float().nan_to_num(9.0), b.float().nan_to_num(9.0)) for a, b in pairs)
 
 
 def change_indices(inputs: dict) -> None:

@@ -2,7 +2,8 @@ import pytest
 import tiny
 import torch
 
-from fusedkv_ext import CrossLayerPlan, PagedKVCache
+from fusedkv_ext import CrossLayerPlan, LayerPlan, PagedKVCache
+from fusedkv_ext.cache import FP8_SOURCES
 
 
 def make(num_pages=6, page_size=4, max_batch=3, plan="fusedkv", **options) -> PagedKVCache:
@@ -26,6 +27,48 @@ def test_nbytes_is_the_papers_share_of_vanilla(plan, dtype):
     assert cache.nbytes * 6 == vanilla.nbytes * len(plan.storage_layers)
     assert cache.vanilla_nbytes == vanilla.nbytes == vanilla.vanilla_nbytes
     assert cache.keys.keys() == cache.values.keys() == set(plan.storage_layers)
+
+
+FP8_LAYERS = {  # the storage layers that another layer reads
+    "cla": (0, 2, 4),
+    "yoco": (2,),
+    "fusedkv": (0, 2),
+    "fusedkv_lite": (0, 2),
+    "fusedkv_lite_learnable": (0, 2),
+    "fusedkv_lite_rev": (0, 2),
+    "dense_fusion": (0, 1, 2),
+    "fusedkv_lite_1": (0,),
+    "layer_types": (0, 1, 3),
+}
+
+
+@pytest.mark.parametrize("name", tiny.FP8_PLANS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nbytes_with_sources_in_fp8(name, dtype):
+    plan, sources = tiny.PLANS[name], FP8_LAYERS[name]
+    caches = {mode: make(plan=plan, dtype=dtype, fp8_sources=mode) for mode in FP8_SOURCES}
+    elements = 2 * 6 * 4 * 2 * 16  # of a layer: keys and values, pages, page size, Hkv, D
+    stored = len(plan.storage_layers)
+    assert caches["none"].nbytes == elements * stored * dtype.itemsize
+    assert caches["copy"].nbytes == elements * (stored * dtype.itemsize + len(sources))
+    assert caches["only"].nbytes == elements * ((stored - len(sources)) * dtype.itemsize + len(sources))
+    assert caches["none"].fp8_layers == () and caches["only"].fp8_layers == sources
+    assert caches["copy"].key_copies.keys() == caches["copy"].value_copies.keys() == set(sources)
+    for cache in caches.values():
+        assert cache.vanilla_nbytes == elements * 6 * dtype.itemsize and cache.dtype == dtype
+        for layer in plan.storage_layers:
+            alone = cache.fp8_sources == "only" and layer in sources
+            expected = torch.float8_e4m3fn if alone else dtype
+            assert cache.keys[layer].dtype == cache.values[layer].dtype == expected
+
+
+def test_the_readmes_share_of_vanilla():
+    """Half of the layers stored, two of them as sources of one byte: 1/2 - 1/L, or 1/2 + 1/L beside bf16."""
+    for layers in (6, 10, 16):
+        config = tiny.config("fusedkv", num_layers=layers)
+        for mode, numerator in (("only", layers - 2), ("none", layers), ("copy", layers + 2)):
+            cache = PagedKVCache(config, 3, dtype=torch.bfloat16, fp8_sources=mode)
+            assert cache.nbytes * 2 * layers == cache.vanilla_nbytes * numerator
 
 
 def test_pages_are_reserved_and_given_back():
@@ -99,6 +142,19 @@ def test_bad_calls_change_nothing(action, message):
         ({"page_size": -1}, "page_size: expected a positive integer, got -1"),
         ({"max_batch": 1.5}, r"max_batch: expected a positive integer, got 1\.5"),
         ({"dtype": torch.int8}, r"dtype: expected .* on cpu, got torch\.int8"),
+        ({"dtype": torch.float8_e4m3fn}, r"dtype: expected .* on cpu, got torch\.float8_e4m3fn"),
+        ({"fp8_sources": "both"}, "fp8_sources: expected none or copy or only, got 'both'"),
+        ({"fp8_sources": None}, "fp8_sources: expected none or copy or only, got None"),
+        ({"fp8_sources": True}, "fp8_sources: expected none or copy or only, got True"),
+        ({"fp8_sources": torch.float8_e4m3fn}, "fp8_sources: expected none or copy or only, got torch"),
+        (
+            {"fp8_sources": "copy", "plan": "vanilla"},
+            "fp8_sources: expected none for the plan vanilla, in which no layer reads another, got 'copy'",
+        ),
+        (
+            {"fp8_sources": "only", "plan": CrossLayerPlan.cla(6, factor=1)},
+            "fp8_sources: expected none for the plan cla, .*got 'only'",
+        ),
     ],
 )
 def test_bad_sizes_are_refused(options, message):
@@ -130,3 +186,106 @@ def test_decode_step_finds_slots_and_advances(device):
     assert step.seq_lens.tolist() == [5, 0, 0] and cache.seq_lens.tolist() == [4, 7, 4]
     step.commit()
     assert cache.seq_lens.tolist() == [5, 7, 4]
+
+
+def ones(**change) -> torch.Tensor:
+    return torch.full((2, 16), **{"fill_value": 1.0, **change})
+
+
+READER = torch.nn.Identity()  # any module: the cache uses it as a key only
+TWO = CrossLayerPlan.fusedkv(6).layers[-1]
+
+
+@pytest.mark.parametrize(
+    "action, message",
+    [
+        (lambda c: c.set_scales(1, ones(), ones()), r"layer: expected one held in e4m3, \(0, 2\), got 1"),
+        (lambda c: c.set_scales(0, ones()[0], ones()), r"k_scale: .*float32 \[2, 16\].*got .*\[16\]"),
+        (lambda c: c.set_scales(0, ones(), ones(dtype=torch.float64)), "v_scale: .*got torch.float64"),
+        (lambda c: c.set_scales(0, ones(device="meta"), ones()), "k_scale: .*on cpu, got .*on meta"),
+        (lambda c: c.set_scales(0, ones(), ones(fill_value=0.0)), "v_scale: expected positive finite"),
+        (lambda c: c.set_scales(0, ones(fill_value=-2.0), ones()), "k_scale: expected positive finite"),
+        (lambda c: c.set_scales(0, ones(), ones(fill_value=float("nan"))), "v_scale: expected positive"),
+        (lambda c: c.set_scales(0, ones(), ones(fill_value=float("inf"))), "v_scale: expected positive"),
+        (lambda c: c.write_arguments(0), "scales of layer 0: expected set_scales .*got none"),
+        (lambda c: c.own(2), "scales of layer 2: expected set_scales .*got none"),
+        (lambda c: c.set_weights(READER, TWO, None, None), "scales of layer 0: expected set_scales"),
+        (lambda c: c.fused(READER), "weights: expected set_weights .*got none"),
+        (
+            lambda c: c.set_weights(READER, LayerPlan((5,), (0,)), None, None),
+            r"plan: expected sources among layers \[0, 1, 2\], got \[5\]",
+        ),
+        (
+            lambda c: c.set_weights(READER, LayerPlan((0,), (1,)), None, None),
+            r"plan: expected sources held in e4m3, \(0, 2\), got \[1\]",
+        ),
+    ],
+)
+def test_a_step_without_scales_is_refused(action, message):
+    cache = make(fp8_sources="only")
+    with pytest.raises(ValueError, match="PagedKVCache: " + message):
+        action(cache)
+    assert cache.write_arguments(1)["k_scale"] is None, "a layer that nobody else reads needs no scales"
+
+
+def test_scales_are_folded_into_the_weights():
+    cache = make(fp8_sources="only")
+    scales = {layer: (torch.rand(2, 16) + 0.1, torch.rand(2, 16) + 0.1) for layer in (0, 2)}
+    for layer in (0, 2):
+        cache.set_scales(layer, *scales[layer])
+    a, b = torch.randn(2, 2, 2, 16)
+    cache.set_weights(READER, TWO, a, b)
+    fused = cache.fused(READER)
+    assert torch.equal(fused.key_weights, torch.stack((a[0] * scales[0][0], a[1] * scales[2][0])))
+    assert torch.equal(fused.value_weights, torch.stack((b[0] * scales[0][1], b[1] * scales[2][1])))
+    assert [x.data_ptr() for x in fused.keys] == [cache.keys[i].data_ptr() for i in (0, 2)]
+    assert [x.data_ptr() for x in fused.values] == [cache.values[i].data_ptr() for i in (0, 2)]
+    cache.set_weights(other := torch.nn.Identity(), LayerPlan((2,), (0,)), None, None)
+    assert torch.equal(cache.fused(other).key_weights, scales[2][0][None])
+    assert torch.equal(cache.fused(other).value_weights, scales[0][1][None])
+    assert torch.equal(cache.own(0).key_weights, scales[0][0][None])
+
+
+def test_scales_change_only_while_the_cache_is_empty():
+    """Tokens in e4m3 mean nothing without the scales that they were written with."""
+    cache = make(fp8_sources="copy")
+    for layer in (0, 2):
+        cache.set_scales(layer, ones(), ones())
+    cache.set_weights(READER, TWO, None, None)
+    held = cache.fused(READER)
+    rows = cache.add([5])
+    cache.advance(rows, [3])
+    cache.set_scales(0, ones(), ones())  # the same again
+    with pytest.raises(ValueError, match=r"scales of layer 0: .*until all rows are freed.*with 3 tok"):
+        cache.set_scales(0, ones(fill_value=2.0), ones())
+    assert torch.equal(cache.scales(0)[0], ones()) and torch.equal(cache.fused(READER).key_weights[0], ones())
+    cache.free(rows)
+    cache.set_scales(0, ones(fill_value=2.0), ones())
+    with pytest.raises(ValueError, match=r"weights: expected set_weights .*got those for other scales"):
+        cache.fused(READER)
+    address = held.key_weights.data_ptr()
+    cache.set_weights(READER, TWO, None, None)
+    assert torch.equal(held.key_weights, torch.stack((ones(fill_value=2.0), ones())))
+    assert cache.fused(READER).key_weights.data_ptr() == address, "a captured graph reads this address"
+
+
+def test_kept_weights_are_copies():
+    """The cache must not write its products into a parameter, nor follow one."""
+    cache, weights = make(), torch.randn(2, 2, 16)
+    expected = weights.clone()
+    cache.set_weights(READER, TWO, weights, weights)
+    cache.set_weights(READER, TWO, torch.zeros_like(weights), torch.zeros_like(weights))
+    assert torch.equal(weights, expected)
+    cache.set_weights(READER, TWO, weights, weights)
+    weights.zero_()
+    assert torch.equal(cache.fused(READER).value_weights, expected)
+
+
+def test_weights_set_in_inference_mode_can_be_set_outside_of_it():
+    cache = make(fp8_sources="only")
+    for value, inference in ((1.0, True), (2.0, False)):
+        with torch.inference_mode(inference):
+            for layer in (0, 2):
+                cache.set_scales(layer, ones(fill_value=value), ones())
+            cache.set_weights(READER, TWO, None, None)
+    assert torch.equal(cache.fused(READER).key_weights, ones(fill_value=2.0).expand(2, 2, 16))

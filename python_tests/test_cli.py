@@ -78,6 +78,27 @@ def test_demo_prints_measured_cache(folder, device, capsys):
     assert ("CUDA kernels" if device == "cuda" else "CPU implementations") in out
 
 
+@pytest.mark.parametrize("fp8_sources", ["copy", "only"])
+def test_fp8_sources(folder, device, capsys, fp8_sources):
+    """The one layer of this model that has a cache is a source."""
+    args = ["--prompt", PROMPT, "--max-new-tokens", "20", "--device", device, "--fp8-sources", fp8_sources]
+    assert run(folder, *args, "--temperature", "0") == 0
+    printed = capsys.readouterr().out.removesuffix("\n")
+    assert printed == expected_text(folder, device, max_new_tokens=20, fp8_sources=fp8_sources).rstrip(
+        "\ufffd"
+    )
+    assert run(folder, *args, command="demo") == 0
+    element = 2 if device == "cuda" else 4
+    share = (1 + element * (fp8_sources == "copy")) / (4 * element)
+    assert f" bytes, {share:.0%} of " in capsys.readouterr().out
+
+
+def test_fp8_sources_have_three_values(folder, capsys):
+    with pytest.raises(SystemExit):
+        run(folder, "--prompt", PROMPT, "--fp8-sources", "both")
+    assert "invalid choice: 'both'" in capsys.readouterr().err
+
+
 def test_demo_has_a_prompt_and_a_model():
     args = cli.parser().parse_args(["demo"])
     assert (args.prompt, args.model) == ("def fibonacci(", cli.DEMO_MODEL)

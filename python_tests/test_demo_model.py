@@ -2,16 +2,22 @@
 
 import ast
 import bisect
+import calendar
 import dataclasses
 import heapq
 import inspect
+import pydoc
+import random
+import sysconfig
 import textwrap
+import warnings
 
 import pytest
 import torch
 from tokenizers import Tokenizer
 
 from fusedkv_ext import CrossLayerPlan, FusedKVConfig, FusedKVForCausalLM, PagedKVCache, cli
+from fusedkv_ext.cache import FP8_SOURCES
 
 TOKENS = 512  # of each source text
 # The mean loss on these texts, which it was trained on, is 1.3 in float32. It is 8.4 untrained, 5.2 with the
@@ -37,11 +43,13 @@ def test_it_is_small_and_caches_half_of_its_layers():
 
 
 @torch.no_grad()
-def losses(model: FusedKVForCausalLM, texts: list[torch.Tensor]) -> tuple[float, float]:
+def losses(
+    model: FusedKVForCausalLM, texts: list[torch.Tensor], fp8_sources: str = "none"
+) -> tuple[float, float]:
     """Mean next-token loss without a cache, and through one with the last tokens decoded."""
     ids = torch.stack(texts).to(model.device)
-    start = TOKENS - 16
-    cache = model.new_cache(len(ids) * -(-TOKENS // 16), page_size=16, max_batch=len(ids))
+    start, pages = TOKENS - 16, len(ids) * -(-TOKENS // 16)
+    cache = model.new_cache(pages, page_size=16, max_batch=len(ids), fp8_sources=fp8_sources)
     rows = cache.add([TOKENS] * len(ids))
     steps = torch.stack(model.prefill(cache, rows, list(ids[:, :start]), chunk=700, all_logits=True))
     decoded = [model.decode(cache, rows, ids[:, i]) for i in range(start, TOKENS)]
@@ -50,11 +58,15 @@ def losses(model: FusedKVForCausalLM, texts: list[torch.Tensor]) -> tuple[float,
     return model(ids[:, :-1], ids[:, 1:]).item(), cached.item()
 
 
+def beginnings(*modules) -> list[torch.Tensor]:
+    """The first tokens of each module's source."""
+    tokenizer = Tokenizer.from_file(str(cli.DEMO_MODEL / "tokenizer.json"))
+    return [torch.tensor(tokenizer.encode(inspect.getsource(m)).ids[: TOKENS + 1]) for m in modules]
+
+
 def test_it_predicts_python(device):
     """A checkpoint wired in another way than it was trained would not."""
-    tokenizer = Tokenizer.from_file(str(cli.DEMO_MODEL / "tokenizer.json"))
-    sources = [inspect.getsource(module) for module in (bisect, heapq, textwrap)]
-    texts = [torch.tensor(tokenizer.encode(text).ids[: TOKENS + 1]) for text in sources]
+    texts = beginnings(bisect, heapq, textwrap)
     model = load(device, torch.bfloat16 if device == "cuda" else torch.float32)
     whole, cached = losses(model, texts)
     assert whole < MAX_LOSS and abs(cached - whole) < (0.02 if device == "cuda" else 1e-4)
@@ -65,6 +77,15 @@ def test_it_predicts_python(device):
             torch.nn.init.ones_(side[chosen])
     lite = losses(model, texts)
     assert min(lite) > whole + 0.1, "the fusion weights it learned are not used"
+
+
+def test_sources_in_fp8_cost_next_to_no_loss(device):
+    """On texts that it was not trained on: by their paths, examples/train_demo.py validates on them."""
+    texts = beginnings(ast, calendar, pydoc, random, sysconfig, warnings)
+    model = load(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    loss = {mode: losses(model, texts, mode)[1] for mode in FP8_SOURCES}
+    assert abs(loss["copy"] - loss["none"]) < 0.01 and abs(loss["only"] - loss["none"]) < 0.01
+    assert len(set(loss.values())) == 3, "nothing was rounded"
 
 
 def demo(capsys, device, *args) -> str:

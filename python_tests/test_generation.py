@@ -2,6 +2,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import quantised
 import tiny
 import torch
 
@@ -9,13 +10,16 @@ from fusedkv_ext import Sampling, generate, stream
 from fusedkv_ext.generation import sample
 
 every_plan = pytest.mark.parametrize("plan", tiny.PLANS.values(), ids=tiny.PLANS)
+fp8_plan = pytest.mark.parametrize("plan", tiny.FP8_PLANS.values(), ids=tiny.FP8_PLANS)
+fp8_mode = pytest.mark.parametrize("fp8_sources", quantised.MODES)
 
 
-def greedy_without_cache(model, prompt, count) -> list[int]:
+def greedy_without_cache(model, prompt, count, fp8_sources="none") -> list[int]:
     ids = prompt[None].to(model.device)
     with torch.no_grad():
         for _ in range(count):
-            ids = torch.cat((ids, model(ids)[:, -1:].argmax(-1)), 1)
+            logits = quantised.forward(model, ids, fp8_sources)
+            ids = torch.cat((ids, logits[:, -1:].argmax(-1)), 1)
     return ids[0, len(prompt) :].tolist()
 
 
@@ -29,13 +33,78 @@ def test_greedy_tokens_equal_those_without_a_cache(plan):
     assert result.ttft > 0 and result.tpot > 0 and not result.cuda_graph
 
 
-def test_batching_chunking_and_page_size_change_nothing():
+@fp8_plan
+@fp8_mode
+def test_greedy_tokens_with_sources_in_fp8(plan, fp8_sources):
+    model, prompts = tiny.model(plan), tiny.prompts(5, 11, 1)
+    expected = [greedy_without_cache(model, prompt, 5, fp8_sources) for prompt in prompts]
+    result = generate(model, prompts, 5, page_size=4, fp8_sources=fp8_sources)
+    assert result.tokens == expected
+    stored, sources = len(plan.storage_layers), len(plan.source_layers)
+    nbytes = 8 * (stored - sources) + {"copy": 8 + 1, "only": 1}[fp8_sources] * sources
+    assert result.cache_nbytes * 8 * tiny.LAYERS == result.vanilla_cache_nbytes * nbytes
+
+
+@pytest.mark.parametrize("fp8_sources", ["none", *quantised.MODES])
+def test_batching_chunking_and_page_size_change_nothing(fp8_sources):
     model, prompts = tiny.model("fusedkv", sliding_window=6), tiny.prompts(5, 11, 5, 2)
-    expected = generate(model, prompts, 6).tokens
+
+    def run(prompts, **options):
+        return generate(model, prompts, 6, fp8_sources=fp8_sources, **options).tokens
+
+    expected = run(prompts)
     for options in ({"prefill_chunk": 3}, {"prefill_chunk": 7, "page_size": 3}, {"page_size": 100}):
-        assert generate(model, prompts, 6, **options).tokens == expected
-    assert [generate(model, [prompt], 6).tokens[0] for prompt in prompts] == expected
-    assert generate(model, [prompt.tolist() for prompt in prompts], 6).tokens == expected
+        assert run(prompts, **options) == expected
+    assert [run([prompt])[0] for prompt in prompts] == expected
+    assert run([prompt.tolist() for prompt in prompts]) == expected
+
+
+@pytest.mark.parametrize("fp8_sources", ["none", *quantised.MODES])
+def test_training_between_two_calls_changes_the_text(device, fp8_sources):
+    """One cache serves them all; what it keeps of the weights must not outlive them."""
+    model, prompts, texts = tiny.model("fusedkv", device=device), tiny.prompts(5, 9), []
+    cache = model.new_cache(10, page_size=4, max_batch=2, fp8_sources=fp8_sources)
+    ids = torch.randint(0, tiny.VOCAB, (2, 17), device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    for _ in range(4):
+        texts.append(generate(model, prompts, 6, cache=cache).tokens)
+        assert texts[-1] == generate(model, prompts, 6, page_size=4, fp8_sources=fp8_sources).tokens
+        if device == "cpu":
+            assert texts[-1] == [greedy_without_cache(model, x, 6, fp8_sources) for x in prompts]
+        optimizer.zero_grad()
+        model(ids[:, :-1], ids[:, 1:]).backward()
+        optimizer.step()
+    assert len({str(text) for text in texts}) == 4
+
+
+@fp8_mode
+def test_stream_and_a_cache_of_ones_own_take_fp8_sources(device, fp8_sources):
+    model, prompts = tiny.model("fusedkv", device=device), tiny.prompts(5, 3)
+    result = generate(model, prompts, 4, page_size=4, fp8_sources=fp8_sources)
+    streamed = list(stream(model, prompts, 4, page_size=4, fp8_sources=fp8_sources))
+    assert [[token for i, token in streamed if i == j] for j in range(2)] == result.tokens
+    cache = model.new_cache(4, page_size=4, max_batch=2, fp8_sources=fp8_sources)
+    tiny.poison(cache)
+    for options in ({}, {"fp8_sources": fp8_sources}):
+        own = generate(model, prompts, 4, cache=cache, **options)
+        assert own.tokens == result.tokens and own.cache_nbytes == result.cache_nbytes == cache.nbytes
+    other = "only" if fp8_sources == "copy" else "copy"
+    with pytest.raises(ValueError, match=f"generate: fp8_sources: expected '{fp8_sources}', .*got '{other}'"):
+        generate(model, prompts, 4, cache=cache, fp8_sources=other)
+    assert cache.num_free_pages == 4
+
+
+@fp8_mode
+def test_inference_mode_can_come_and_go(fp8_sources):
+    model, prompts = tiny.model("fusedkv"), tiny.prompts(5)
+    cache = model.new_cache(4, page_size=4, fp8_sources=fp8_sources)
+    for inference in (True, False, True):
+        expected = generate(model, prompts, 4, fp8_sources=fp8_sources).tokens
+        with torch.inference_mode(inference):
+            assert generate(model, prompts, 4, cache=cache).tokens == expected
+        change = torch.rand_like(model.model.layers[0].attention_norm.weight)
+        with torch.no_grad():
+            model.model.layers[0].attention_norm.weight.add_(change)
 
 
 def count_tokens(model) -> list[int]:
@@ -104,9 +173,13 @@ def test_autocast_changes_nothing(device):
 @pytest.mark.cuda
 @every_plan
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_captured_step_gives_the_tokens_of_an_eager_one(plan, temperature):
+@pytest.mark.parametrize("fp8_sources", ["none", *quantised.MODES])
+def test_a_captured_step_gives_the_tokens_of_an_eager_one(plan, temperature, fp8_sources):
+    if fp8_sources != "none" and not plan.source_layers:
+        pytest.skip("no layer reads another")
     model, prompts = tiny.model(plan, device="cuda"), tiny.prompts(5, 63, 1, 20)
     options = dict(temperature=temperature, top_k=30, top_p=0.9, seed=3, stop_tokens=[5, 6, 7])
+    options["fp8_sources"] = fp8_sources
     eager = generate(model, prompts, 20, use_cuda_graph=False, **options)
     captured = generate(model, prompts, 20, **options)
     assert captured.cuda_graph and not eager.cuda_graph
@@ -278,6 +351,19 @@ def test_progress_bar(capsys):
         ([[1]], 4, {"top_p": "a"}, "top_p: expected None or above 0 and at most 1, got 'a'"),
         ([[1]], 4, {"temperature": None}, "temperature: expected 0 or more, got None"),
         ([[1]], 4, {"use_cuda_graph": True}, "use_cuda_graph: expected a model on CUDA, got cpu"),
+        ([[1]], 4, {"fp8_sources": "only"}, "fp8_sources: expected 'none', that of the cache, got 'only'"),
+        (
+            [[1]],
+            4,
+            {"fp8_sources": "both", "page_size": 4},
+            "fp8_sources: expected none or copy or only, got 'both'",
+        ),
+        (
+            [[1]],
+            4,
+            {"fp8_sources": None, "page_size": 4},
+            "fp8_sources: expected none or copy or only, got None",
+        ),
     ],
 )
 def test_bad_input_is_refused(prompts, count, options, message):

@@ -5,14 +5,18 @@ import os
 import re
 
 import pytest
+import quantised
 import tiny
 import torch
 from oracle import assert_close_2x
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedkv_ext import CrossLayerPlan, FusedKVForCausalLM, PagedKVCache, generate
 
 every_plan = pytest.mark.parametrize("plan", tiny.PLANS.values(), ids=tiny.PLANS)
+fp8_plan = pytest.mark.parametrize("plan", tiny.FP8_PLANS.values(), ids=tiny.FP8_PLANS)
+fp8_mode = pytest.mark.parametrize("fp8_sources", quantised.MODES)
 
 
 def widened(model: FusedKVForCausalLM) -> FusedKVForCausalLM:
@@ -20,13 +24,14 @@ def widened(model: FusedKVForCausalLM) -> FusedKVForCausalLM:
     return copy.deepcopy(model).cpu().double()
 
 
-def assert_like_full_forward(model, steps, lengths, prefill, **options):
+def assert_like_full_forward(model, steps, lengths, prefill, fp8_sources="none", **options):
     """Prefill `lengths` tokens of each sequence, decode the rest: the logits of one full forward.
 
-    float64 on the CPU must agree to rounding; bfloat16 on a GPU within twice the full forward's own error.
+    With fp8_sources that forward rounds the keys and values of the source layers itself. float64 on the CPU
+    must agree to rounding; bfloat16 on a GPU within twice the full forward's own error.
     """
     ids = [prompt.to(model.device) for prompt in tiny.prompts(*(n + steps for n in lengths))]
-    cache = model.new_cache(40, page_size=4, max_batch=len(ids) + 1)
+    cache = model.new_cache(40, page_size=4, max_batch=len(ids) + 1, fp8_sources=fp8_sources)
     tiny.poison(cache)
     cache.add([1])  # so that nobody writes page 0, where a masked read may point
     rows = cache.add([len(x) for x in ids[::-1]])[::-1]  # rows need not be in order
@@ -37,9 +42,12 @@ def assert_like_full_forward(model, steps, lengths, prefill, **options):
         outputs.append(model.decode(cache, rows, tokens))
     actual = torch.stack(outputs, 1)  # [B, steps + 1, vocab]
     oracle = widened(model)
-    with torch.no_grad():
-        exact = [oracle(x[None].cpu())[0, n - 1 : n + steps] for x, n in zip(ids, lengths, strict=True)]
-        same = [model(x[None])[0, n - 1 : n + steps] for x, n in zip(ids, lengths, strict=True)]
+
+    def whole(model, x):
+        return quantised.forward(model, x[None].to(model.device), fp8_sources)[0]
+
+    exact = [whole(oracle, x)[n - 1 : n + steps] for x, n in zip(ids, lengths, strict=True)]
+    same = [whole(model, x)[n - 1 : n + steps] for x, n in zip(ids, lengths, strict=True)]
     assert_close_2x(actual, torch.stack(exact), torch.stack(same), absolute=1e-10)
 
 
@@ -53,9 +61,19 @@ def test_prefill_and_decode_give_the_logits_of_a_full_forward(device, plan):
     assert_like_full_forward(model, 4, (5, 9, 5, 1), prefill)
 
 
+@fp8_plan
+@fp8_mode
+def test_sources_in_fp8_give_the_logits_of_a_forward_that_rounds_them(device, plan, fp8_sources):
+    model = tiny.model(plan, device=device)
+    assert_like_full_forward(model, 4, (5, 9, 5, 1), prefill, fp8_sources)
+    assert_like_full_forward(model, 1, (5, 12, 5), prefill, fp8_sources, chunk=5)
+
+
 @pytest.mark.parametrize("plan", ["fusedkv", "fusedkv_lite_learnable", "dense_fusion"])
-def test_half_precision_on_the_cpu(plan):
-    assert_like_full_forward(tiny.model(plan, torch.bfloat16), 4, (5, 9, 5, 1), prefill, chunk=8)
+@pytest.mark.parametrize("fp8_sources", ["none", *quantised.MODES])
+def test_half_precision_on_the_cpu(plan, fp8_sources):
+    model = tiny.model(plan, torch.bfloat16)
+    assert_like_full_forward(model, 4, (5, 9, 5, 1), prefill, fp8_sources, chunk=8)
 
 
 @every_plan
@@ -78,7 +96,115 @@ def test_options_of_the_architecture(device, kv_heads, interleaved, qk_norm, win
         num_kv_heads=kv_heads, rope_interleaved=interleaved, qk_norm=qk_norm, sliding_window=window
     )
     model = tiny.model("fusedkv", device=device, tie_word_embeddings=window is None, **options)
-    assert_like_full_forward(model, 3, (9, 2), prefill, chunk=6)
+    for fp8_sources in ("none", *quantised.MODES):
+        assert_like_full_forward(model, 3, (9, 2), prefill, fp8_sources, chunk=6)
+
+
+@fp8_mode
+def test_a_rope_table_of_another_magnitude(device, fp8_sources):
+    """yarn multiplies keys by its attention factor, so the scales of keys too."""
+    scaling = dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=16, attention_factor=3.0)
+    model = tiny.model("fusedkv", device=device, rope_scaling=scaling)
+    assert_like_full_forward(model, 3, (9, 2), prefill, fp8_sources)
+
+
+@fp8_plan
+@fp8_mode
+def test_all_logits_of_a_prompt_are_those_of_decoding_it(plan, fp8_sources):
+    model, ids = tiny.model(plan), tiny.prompts(11, 11, 11)
+    cache = model.new_cache(20, page_size=4, max_batch=6, fp8_sources=fp8_sources)
+    tiny.poison(cache)
+    rows = cache.add([11] * 6)
+    every = torch.stack(model.prefill(cache, rows[:3], ids, chunk=7, all_logits=True))
+    steps = [model.prefill(cache, rows[3:], [x[:3] for x in ids])]
+    steps += [model.decode(cache, rows[3:], tokens) for tokens in torch.stack(ids)[:, 3:].unbind(1)]
+    torch.testing.assert_close(every[:, 2:], torch.stack(steps, 1), rtol=0, atol=1e-10)
+    assert (every - torch.stack([model(x[None])[0] for x in ids])).abs().max() > 1e-3, "nothing was rounded"
+
+
+def test_a_decode_step_with_fp8_runs_no_op_more():
+    """The step is replayed as a graph: what depends on the weights alone is done before it."""
+
+    class Ops(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    def step_ops(plan, fp8_sources):
+        model = tiny.model(plan, torch.float32)
+        cache = model.new_cache(4, page_size=4, fp8_sources=fp8_sources)
+        rows = cache.add([8])
+        model.prefill(cache, rows, tiny.prompts(5))
+        step = cache.decode_step(torch.tensor(rows))
+        names.clear()
+        with Ops():
+            model.decode_step(torch.tensor([3]), step)
+        views = ("aten.unsqueeze", "aten.view", "aten.slice", "aten.detach", "aten.alias", "aten.t.")
+        return sorted(name for name in names if not name.startswith(views))
+
+    names: list[str] = []
+    for plan in ("fusedkv", "fusedkv_lite", "cla"):
+        plain = step_ops(plan, "none")
+        assert plain.count("fusedkv.fused_attention.default") == tiny.LAYERS
+        assert step_ops(plan, "copy") == step_ops(plan, "only") == plain
+
+
+def change_weights(model, layers=range(tiny.LAYERS)) -> None:
+    """One step of training with a large rate, of some layers only."""
+    ids = torch.randint(0, tiny.VOCAB, (2, 17), device=model.device)
+    parameters = [p for i in layers for p in model.model.layers[i].parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=0.05)
+    optimizer.zero_grad()
+    model(ids[:, :-1], ids[:, 1:]).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("fp8_sources", ["none", *quantised.MODES])
+def test_a_change_of_weights_counts_from_the_next_call(device, fp8_sources):
+    model, (ids,) = tiny.model("fusedkv", device=device), tiny.prompts(9)
+    ids = ids.to(device)
+
+    def new_cache():
+        return model.new_cache(6, page_size=4, fp8_sources=fp8_sources)
+
+    def run(cache, tokens):
+        """Logits after 7 tokens, and after each of those that are decoded."""
+        (row,) = cache.add([9])
+        steps = [model.prefill(cache, [row], [tokens[:7]])]
+        return torch.cat(steps + [model.decode(cache, [row], x[None]) for x in tokens[7:]])
+
+    cache, outputs = new_cache(), []
+    for _ in range(3):
+        outputs.append(run(cache, ids[:8]))
+        assert torch.equal(outputs[-1], run(new_cache(), ids[:8]))
+        # What layers 0 to 2 wrote stays right when the layers above them change.
+        change_weights(model, range(3, tiny.LAYERS))
+        assert torch.equal(model.decode(cache, [0], ids[8:])[0], run(new_cache(), ids)[-1])
+        cache.free([0])
+        change_weights(model)
+    assert all((a - b).abs().max() > 1e-2 for a, b in itertools.pairwise(outputs))
+
+
+@fp8_mode
+def test_weights_that_change_under_cached_tokens_are_refused(fp8_sources):
+    """Other scales would misread what is stored; nothing is written."""
+    model, prompts = tiny.model("fusedkv"), tiny.prompts(5, 6)
+    cache = model.new_cache(6, page_size=4, max_batch=3, fp8_sources=fp8_sources)
+    rows = cache.add([8, 8])
+    model.prefill(cache, rows[:1], prompts[:1])
+    before = [x.view(torch.uint8).clone() for x in (*cache.keys.values(), *cache.values.values())]
+    change_weights(model)
+    for call in (
+        lambda: model.decode(cache, rows[:1], torch.tensor([3])),
+        lambda: model.prefill(cache, rows[1:], prompts[1:]),
+        lambda: generate(model, prompts[:1], 2, cache=cache),
+    ):
+        with pytest.raises(
+            ValueError, match=r"scales of layer 0: expected those that .*with 5 tokens in use"
+        ):
+            call()
+    after = [x.view(torch.uint8) for x in (*cache.keys.values(), *cache.values.values())]
+    assert all(map(torch.equal, before, after)) and cache.length(0) == 5
 
 
 @every_plan
@@ -358,10 +484,10 @@ def test_a_half_precision_default_dtype(device):
 @every_plan
 def test_autocast_changes_nothing_with_a_cache(device, plan):
     model, prompts = tiny.model(plan, torch.float32, device), tiny.prompts(9, 4)
-    outputs = []
+    outputs, fp8_sources = [], "only" if plan.source_layers else "none"
     for enabled in (False, True):
         with torch.autocast(device, dtype=torch.float16, enabled=enabled):
-            cache = model.new_cache(8, page_size=4, max_batch=2)
+            cache = model.new_cache(8, page_size=4, max_batch=2, fp8_sources=fp8_sources)
             rows = cache.add([12, 8])
             first = model.prefill(cache, rows, prompts, chunk=5)
             outputs.append((first, model.decode(cache, rows, first.argmax(-1))))

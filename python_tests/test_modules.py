@@ -1,6 +1,9 @@
 import pytest
+import quantised
 import tiny
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from oracle import assert_close_2x
 from torch import nn
 
@@ -213,9 +216,21 @@ class TwoLayers(nn.Module):
         return x
 
 
+class Rounded(nn.Module):
+    """The same layers, with the sources rounded to e4m3."""
+
+    def __init__(self, model: TwoLayers, mode: str):
+        super().__init__()
+        self.model, self.mode = model, mode
+
+    def forward(self, x, cos_sin):
+        return quantised.run_layers(self.model.layers, x, cos_sin, (0, 1), self.mode)
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_modules_alone_learn_and_agree_with_the_cache(device, interleaved, kv_heads):
+@pytest.mark.parametrize("fp8_sources", ["none", *quantised.MODES])
+def test_modules_alone_learn_and_agree_with_the_cache(device, interleaved, kv_heads, fp8_sources):
     d, dtype = (64, torch.bfloat16) if device == "cuda" else (D, torch.float64)
     exact = TwoLayers(4, kv_heads, d, interleaved, window=5)
     made = TwoLayers(4, kv_heads, d, interleaved, window=5).to(device, dtype)
@@ -228,22 +243,28 @@ def test_modules_alone_learn_and_agree_with_the_cache(device, interleaved, kv_he
     made(x, table).square().sum().backward()
     assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in made.parameters())
 
-    plan = tiny.CrossLayerPlan("own", (LayerPlan((0,), (0,)), LayerPlan((1,), (1,))))
-    shape = dict(num_layers=2, num_kv_heads=kv_heads, head_dim=d)
-    cache = PagedKVCache(tiny.config(plan, **shape), 4, page_size=4, dtype=dtype, device=device)
+    plan = tiny.CrossLayerPlan("own", (LayerPlan((0,), (0,)), LayerPlan((1,), (1,)), PLAN))
+    shape = dict(num_layers=3, num_kv_heads=kv_heads, head_dim=d)
+    options = dict(dtype=dtype, device=device, fp8_sources=fp8_sources)
+    cache = PagedKVCache(tiny.config(plan, **shape), 4, page_size=4, **options)
     tiny.poison(cache)
     rows = cache.add([11])
+    for layer in made.layers:
+        layer.bind(cache, table)
+    if fp8_sources != "none":
+        exact, made = Rounded(exact, fp8_sources), Rounded(made, fp8_sources)
+    layers = made.layers if fp8_sources == "none" else made.model.layers
     with torch.no_grad():
         h = x[0, :9]
         step = cache.prefill_chunk(rows, [9])
-        for layer in made.layers:
+        for layer in layers:
             h = layer.cached(h, table, step)
         cache.advance(rows, [9])
         outputs = [h]
         for t in (9, 10):
             h = x[0, t : t + 1]
             step = cache.decode_step(torch.tensor(rows, device=device))
-            for layer in made.layers:
+            for layer in layers:
                 h = layer.cached(h, table, step)
             cache.advance(rows, [1])
             outputs.append(h)
@@ -252,6 +273,127 @@ def test_modules_alone_learn_and_agree_with_the_cache(device, interleaved, kv_he
 
 
 PLAN = LayerPlan((0, 1), (0, 1), "channel", "channel")
+
+
+def storage_layer(qk_norm=True, interleaved=False, hidden=32, dtype=torch.float64) -> DecoderLayer:
+    """Two heads of 8 channels; weights and norms of very different sizes."""
+    attention = StorageAttention(hidden, 4, 2, 8, qk_norm=qk_norm, interleaved=interleaved)
+    layer = DecoderLayer(attention, hidden, 48)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn_like(parameter) * torch.randn_like(parameter).exp())
+    return layer.to(dtype)
+
+
+YARN = dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=16)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("scaling", [None, YARN], ids=["plain", "yarn"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_scales_are_their_formula(interleaved, qk_norm, scaling, dtype):
+    layer = storage_layer(qk_norm, interleaved, dtype=dtype)
+    table = rope_table(8, 100, scaling=scaling)
+    got = layer.attention.kv_scales(layer.attention_norm.weight, table)
+    for actual, expected in zip(got, quantised.scales(layer, table), strict=True):
+        assert actual.dtype == torch.float32 and actual.shape == (2, 8) and not actual.requires_grad
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
+
+
+def test_a_row_of_zeros_has_scale_one():
+    layer = storage_layer(qk_norm=False)
+    rows = layer.attention.qkv_proj.weight.unflatten(0, (-1, 8))[4:]
+    with torch.no_grad():
+        rows[0, 3] = rows[0, 7] = 0.0  # a rotated pair of keys
+        rows[1, 3] = 0.0  # half a pair
+        rows[2, 5] = 0.0  # a channel of values
+        rows[3, 6] = 1e-38  # so small that float32 has no normal number for its scale
+    k_scale, v_scale = layer.attention.kv_scales(layer.attention_norm.weight, rope_table(8, 4))
+    assert k_scale[0, 3] == k_scale[0, 7] == v_scale[0, 5] == v_scale[1, 6] == 1.0
+    expected = quantised.scales(layer, rope_table(8, 4))
+    assert k_scale[1, 3] == k_scale[1, 7] and torch.isclose(k_scale[1, 3], expected[0][1, 3])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    qk_norm=st.booleans(),
+    interleaved=st.booleans(),
+    yarn=st.booleans(),
+    size=st.floats(-6, 6),
+    channel=st.integers(0, 31),
+)
+def test_no_key_and_no_value_is_beyond_the_scales(seed, qk_norm, interleaved, yarn, size, channel):
+    """Random inputs, and those that reach the bound: along one row of the projection times the gain."""
+    torch.manual_seed(seed)
+    layer = storage_layer(qk_norm, interleaved)
+    gain, rows = layer.attention_norm.weight, layer.attention.qkv_proj.weight[-32:]
+    x = torch.randn(1, 40, 32, dtype=torch.float64)
+    x[0, :20] *= torch.randn(32, dtype=torch.float64).exp()
+    x[0, 20:] = rows[channel] * gain
+    table = rope_table(8, 100, scaling=YARN if yarn else None).double()
+    k_scale, v_scale = layer.attention.kv_scales(gain, table)
+    with torch.no_grad():
+        _, (k, v) = layer.attention(layer.attention_norm(x * 10.0**size), table)
+    bounds = 448 * k_scale.double(), 448 * v_scale.double()
+    assert (k.abs() <= bounds[0] * (1 + 1e-6)).all() and (v.abs() <= bounds[1] * (1 + 1e-6)).all()
+    if channel >= 16 and size >= 0:  # or the epsilon of the norm shows
+        reached = (v.abs() / bounds[1]).flatten(2)[0, 20, channel - 16]
+        assert reached > 0.99, "the bound is looser than its formula"
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_half_precision_rounds_to_the_largest_e4m3_at_worst(qk_norm):
+    layer = storage_layer(qk_norm, dtype=torch.bfloat16)
+    gain, rows = layer.attention_norm.weight, layer.attention.qkv_proj.weight[-32:]
+    x = (rows * gain)[None] * 100  # one token along each row
+    table = rope_table(8, 100)
+    scales = layer.attention.kv_scales(gain, table)
+    _, keys_values = layer.attention(layer.attention_norm(x), table)
+    for x, scale in zip(keys_values, scales, strict=True):
+        assert (x.float().abs() < 464 * scale).all()  # half way from 448 to what would be the next number
+    assert (keys_values[1].float().abs() / scales[1]).amax() > 440
+
+
+def test_layers_are_bound_from_the_lowest_up():
+    model = TwoLayers()
+    plan = tiny.CrossLayerPlan("own", (LayerPlan((0,), (0,)), LayerPlan((1,), (1,)), PLAN))
+    cache = PagedKVCache(tiny.config(plan, num_layers=3), 4, page_size=4, fp8_sources="only")
+    table, x = rope_table(D, 64), torch.randn(4, 32)
+
+    def run():
+        rows = cache.add([4])
+        step = cache.prefill_chunk(rows, [4])
+        h = x
+        try:
+            for layer in model.layers:
+                h = layer.cached(h, table, step)
+        finally:
+            cache.free(rows)
+        return h
+
+    with torch.no_grad(), pytest.raises(ValueError, match=r"scales of layer 0: expected .*bind.*got none"):
+        run()
+    with pytest.raises(ValueError, match=r"scales of layer 0: expected .*bind.*got none"):
+        model.layers[2].bind(cache, table)
+    for layer in model.layers[:2]:
+        layer.bind(cache, table)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"weights: expected .*bind.*got none"):
+        run()
+    model.layers[2].bind(cache, table)
+    with torch.no_grad():
+        before = run()
+        model.layers[1].attention.k_norm.weight.mul_(3.0)
+        model.layers[1].attention.q_norm.weight.div_(3.0)  # the scores of layer 1 stay, those of layer 2 not
+        model.layers[1].bind(cache, table)
+        with pytest.raises(ValueError, match=r"weights: expected .*again.*got those for other scales"):
+            run()
+        model.layers[2].bind(cache, table)
+        after = run()
+        expected = quantised.run_layers(model.layers, x[None], table, (0, 1), "only")[0]
+    torch.testing.assert_close(after, expected, rtol=0, atol=1e-5)
+    assert (after - before).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize(

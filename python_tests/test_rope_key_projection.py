@@ -7,7 +7,20 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import assert_close_2x
-from rope_cases import FP8, change_indices, cos_sin_table, finish_heads, make_caches, make_positions, written
+from rope_cases import (
+    FP8,
+    all_nan,
+    change_indices,
+    cos_sin_table,
+    finish_heads,
+    make_caches,
+    make_copies,
+    make_positions,
+    op_checks,
+    outputs,
+    same_outputs,
+    written_sides,
+)
 
 from fusedkv_ext import ops
 
@@ -47,6 +60,7 @@ def make_write(
     hkv: int = 1,
     page_size: int = 16,
     scales: bool = False,
+    copies: bool = False,
     **plain,
 ) -> dict:
     """Keyword arguments of rope_key_projection_write."""
@@ -54,6 +68,7 @@ def make_write(
     x, norm = inputs["x"], inputs.pop("norm")
     tokens, d = x.shape[0], inputs["cos_sin"].shape[1]
     k_cache, v_cache, slots = make_caches(tokens, page_size, hkv, d, cache_dtype or x.dtype, device)
+    k_copy, v_copy = make_copies(k_cache) if copies else (None, None)
     return inputs | {
         "q_out": torch.full((tokens, hq, d), float("nan"), device=device, dtype=x.dtype) if hq else None,
         "k_cache": k_cache,
@@ -64,6 +79,8 @@ def make_write(
         # Small enough for some values to saturate e4m3.
         "k_scale": (torch.rand(hkv, d) * 0.02 + 0.003).to(device) if scales else None,
         "v_scale": (torch.rand(hkv, d) * 0.02 + 0.003).to(device) if scales else None,
+        "k_copy": k_copy,
+        "v_copy": v_copy,
     }
 
 
@@ -90,13 +107,8 @@ def write_oracle(inputs: dict, product: torch.dtype, wide: torch.dtype) -> dict[
     def rotated(x, norm):
         return finish_heads(x, positions, table, norm, inputs["eps"], inputs["interleaved"], wide)
 
-    def in_cache(name, rows):
-        cache, scale = inputs[f"{name}_cache"], inputs[f"{name}_scale"]
-        return written(cache, rows, inputs["slot_mapping"], positions, table, scale)
-
     results = {"q_out": rotated(q, inputs["q_norm"])} if hq else {}
-    k = rotated(k, inputs["k_norm"])
-    return results | {"k_cache": in_cache("k", k), "v_cache": in_cache("v", v.to(wide))}
+    return results | written_sides(inputs, {"k": rotated(k, inputs["k_norm"]), "v": v.to(wide)})
 
 
 def check_plain(inputs: dict, call=ops.rope_key_projection) -> None:
@@ -146,6 +158,8 @@ def test_large_tiles_match_oracle(tokens, hidden, heads, norm, d):
         {"dtype": F16, "hq": 0, "hkv": 2, "page_size": 1, "norm": False},
         {"dtype": BF16, "cache_dtype": FP8, "scales": True, "page_size": 100, "interleaved": True},
         {"dtype": F16, "cache_dtype": FP8, "bias": False, "position_dtype": torch.int32},
+        {"dtype": BF16, "copies": True, "scales": True, "hq": 3, "hkv": 2},
+        {"dtype": F16, "copies": True, "hq": 0, "interleaved": True},
     ],
     ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()),
 )
@@ -154,12 +168,12 @@ def test_write_matches_oracle(device, options, tokens, hidden, d):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("cache_dtype", [BF16, FP8])
+@pytest.mark.parametrize(
+    "options", [{}, {"cache_dtype": FP8, "scales": True}, {"copies": True, "scales": True}], ids=str
+)
 @pytest.mark.parametrize("d", [64, 128])
-def test_large_tiles_write_matches_oracle(d, cache_dtype):
-    check_write(
-        make_write("cuda", cache_dtype, hq=3, hkv=2, d=d, tokens=1100, hidden=328, scales=cache_dtype == FP8)
-    )
+def test_large_tiles_write_matches_oracle(d, options):
+    check_write(make_write("cuda", hq=3, hkv=2, d=d, tokens=1100, hidden=328, **options))
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -167,10 +181,12 @@ def test_large_tiles_write_matches_oracle(d, cache_dtype):
 def test_random_shapes(device, data):
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     dtype = data.draw(st.sampled_from([BF16, F16]))
+    copies = data.draw(st.booleans())
     check_write(
         make_write(
             device,
-            cache_dtype=data.draw(st.sampled_from([dtype, FP8])),
+            cache_dtype=dtype if copies else data.draw(st.sampled_from([dtype, FP8])),
+            copies=copies,
             hq=data.draw(st.integers(0, 5)),
             hkv=data.draw(st.integers(1, 3)),
             page_size=data.draw(st.integers(1, 70)),
@@ -189,9 +205,9 @@ def test_random_shapes(device, data):
 
 def test_no_tokens(device):
     assert ops.rope_key_projection(**make_plain(device, tokens=0)).shape == (0, 3, 64)
-    inputs = make_write(device, tokens=0)
+    inputs = make_write(device, tokens=0, copies=True)
     ops.rope_key_projection_write(**inputs)
-    assert inputs["k_cache"].isnan().all() and inputs["v_cache"].isnan().all()
+    assert all_nan(inputs)
 
 
 def test_rows_of_any_stride(device):
@@ -202,7 +218,7 @@ def test_rows_of_any_stride(device):
 
 def test_write_equals_plain_and_then_write_kv(device):
     """Both ops and `write_kv` round the same numbers. Small integers, so that no sum depends on its order."""
-    inputs = make_write(device, hq=0, hkv=2, bias=False)
+    inputs = make_write(device, hq=0, hkv=2, bias=False, scales=True, copies=True)
     inputs["x"] = torch.randint(-2, 3, (19, 72)).to(device, BF16)
     inputs["weight"] = torch.randint(-1, 2, (256, 72)).to(device, BF16)
     inputs["positions"] = inputs["positions"].clamp(0, 9)
@@ -212,10 +228,11 @@ def test_write_equals_plain_and_then_write_kv(device):
     k = ops.rope_key_projection(inputs["x"], k_rows.contiguous(), norm=inputs["k_norm"], **rotation)
     still = rotation | {"positions": torch.zeros_like(inputs["positions"])}  # the angle 0 leaves v as it is
     v = ops.rope_key_projection(inputs["x"], v_rows.contiguous(), **still)
-    caches = [torch.full_like(inputs[n], float("nan")) for n in ("k_cache", "v_cache")]
-    ops.write_kv(k, v, *caches, inputs["slot_mapping"])
-    for cache, name in zip(caches, ("k_cache", "v_cache"), strict=True):
-        assert torch.equal(cache.nan_to_num(9.0), inputs[name].nan_to_num(9.0))
+    names = ("k_cache", "v_cache", "v_copy")
+    again = {n: torch.full_like(inputs[n], float("nan")) for n in (*names, "k_copy")}
+    ops.write_kv(k, v, slot_mapping=inputs["slot_mapping"], v_scale=inputs["v_scale"], **again)
+    for name in names:  # not the copied keys: those are rounded from float32 here and from bf16 there
+        assert torch.equal(again[name].float().nan_to_num(9.0), inputs[name].float().nan_to_num(9.0))
 
 
 def test_two_runs_are_identical(device):
@@ -284,12 +301,14 @@ def test_opcheck(device):
     torch.library.opcheck(torch.ops.fusedkv.rope_key_projection.default, (), inputs, rtol=2e-2, atol=2e-2)
 
 
-def test_opcheck_write(device):
-    inputs = make_write(device)
+@pytest.mark.parametrize("copies", [False, True])
+def test_opcheck_write(device, copies):
+    inputs = make_write(device, copies=copies)
     inputs["positions"].clamp_(0, 9)
-    for name in ("k_cache", "v_cache"):
+    for name in ("k_cache", "v_cache") + ("k_copy", "v_copy") * copies:
         inputs[name] = torch.zeros_like(inputs[name])
-    torch.library.opcheck(torch.ops.fusedkv.rope_key_projection_write.default, (), inputs)
+    op = torch.ops.fusedkv.rope_key_projection_write.default
+    torch.library.opcheck(op, (), inputs, test_utils=op_checks(fp8=copies))
 
 
 def test_compiles_without_graph_breaks(device):
@@ -307,14 +326,14 @@ def test_compiles_without_graph_breaks(device):
     torch.testing.assert_close(results[0][1], results[1][1])
 
 
-def test_write_compiles_without_graph_breaks(device):
-    eager = make_write(device)
+@pytest.mark.parametrize("copies", [False, True])
+def test_write_compiles_without_graph_breaks(device, copies):
+    eager = make_write(device, copies=copies)
     compiled = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in eager.items()}
     backend = "aot_eager" if device == "cpu" else "inductor"
     ops.rope_key_projection_write(**eager)
     torch.compile(ops.rope_key_projection_write, fullgraph=True, backend=backend)(**compiled)
-    for name in ("q_out", "k_cache", "v_cache"):
-        assert torch.equal(eager[name].nan_to_num(9.0), compiled[name].nan_to_num(9.0))
+    assert same_outputs(eager, compiled)
 
 
 def captured(op, inputs: dict):
@@ -353,13 +372,13 @@ def test_repeated_calls_read_new_positions(repeat, tokens):
 @pytest.mark.parametrize("tokens", [3, 130])
 @pytest.mark.parametrize("repeat", [captured, recompiled])
 def test_repeated_writes_read_new_positions_and_slots(repeat, tokens):
-    inputs = make_write("cuda", tokens=tokens)
+    inputs = make_write("cuda", tokens=tokens, scales=True, copies=True)
     call = repeat(ops.rope_key_projection_write, inputs)
     for _ in range(4):
         change_indices(inputs)
         inputs["x"].copy_(torch.randn(tokens, 72))
-        for name in ("q_out", "k_cache", "v_cache"):
-            inputs[name].fill_(float("nan"))
+        for x in outputs(inputs).values():
+            x.fill_(float("nan"))
         check_write(inputs, call)
 
 
@@ -414,12 +433,15 @@ BAD_WRITE = {
     "q_norm: expected dtype bfloat16": lambda a: a | {"q_norm": a["q_norm"].float()},
     r"k_norm: expected shape \[64\]": lambda a: a | {"k_norm": a["k_norm"][:32]},
     r"v_scale: expected shape \[1, 64\]": lambda a: a | {"v_scale": torch.ones(2, 64, device=a["x"].device)},
+    "k_copy, v_copy: expected both or none": lambda a: a | {"k_copy": None},
+    "v_copy: expected dtype float8_e4m3fn, got float32": lambda a: a | {"v_copy": a["v_copy"].float()},
+    r"k_copy: expected shape \[4, 16, 1, 64\]": lambda a: a | {"k_copy": a["k_copy"][1:]},
 }
 
 
 @pytest.mark.parametrize("message", BAD_WRITE)
 def test_bad_write_argument_is_named_and_nothing_is_written(device, message):
-    good = make_write(device)
+    good = make_write(device, copies=True)
     with pytest.raises(ValueError, match=f"rope_key_projection_write: {message}"):
         ops.rope_key_projection_write(**BAD_WRITE[message](good))
-    assert all(good[name].isnan().all() for name in ("q_out", "k_cache", "v_cache"))
+    assert all_nan(good)

@@ -7,7 +7,20 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import assert_close_2x
-from rope_cases import FP8, change_indices, cos_sin_table, finish_heads, make_caches, make_positions, written
+from rope_cases import (
+    FP8,
+    all_nan,
+    change_indices,
+    cos_sin_table,
+    finish_heads,
+    make_caches,
+    make_copies,
+    make_positions,
+    op_checks,
+    outputs,
+    same_outputs,
+    written_sides,
+)
 
 from fusedkv_ext import ops
 
@@ -27,11 +40,13 @@ def make_inputs(
     scales: bool = False,
     position_dtype: torch.dtype = torch.int64,
     interleaved: bool = False,
+    copies: bool = False,
 ) -> dict:
     """Keyword arguments of one call, with a qkv whose tokens have gaps between them."""
     table = cos_sin_table(50, d, device, torch.float64 if dtype == torch.float64 else torch.float32)
     qkv = torch.randn(tokens, hq + 2 * hkv + 1, d).to(device, dtype)[:, :-1]
     k_cache, v_cache, slots = make_caches(tokens, page_size, hkv, d, cache_dtype or dtype, device)
+    k_copy, v_copy = make_copies(k_cache) if copies else (None, None)
     return {
         "qkv": qkv,
         "q_out": torch.full((tokens, hq, d), float("nan"), device=device, dtype=dtype) if hq else None,
@@ -47,6 +62,8 @@ def make_inputs(
         # Small enough for some values to saturate e4m3.
         "k_scale": (torch.rand(hkv, d) * 0.02 + 0.003).to(device) if scales and hkv else None,
         "v_scale": (torch.rand(hkv, d) * 0.02 + 0.003).to(device) if scales and hkv else None,
+        "k_copy": k_copy,
+        "v_copy": v_copy,
     }
 
 
@@ -64,10 +81,7 @@ def expected(inputs: dict, wide: torch.dtype) -> dict[str, torch.Tensor]:
     if hq:
         results["q_out"] = rotated(q, inputs["q_norm"])
     if hkv:
-        rows = {"k": rotated(k, inputs["k_norm"]), "v": v}
-        for name, x in rows.items():
-            cache, scale = inputs[f"{name}_cache"], inputs[f"{name}_scale"]
-            results[f"{name}_cache"] = written(cache, x, inputs["slot_mapping"], positions, table, scale)
+        results |= written_sides(inputs, {"k": rotated(k, inputs["k_norm"]), "v": v})
     return results
 
 
@@ -90,6 +104,11 @@ def check(inputs: dict) -> None:
         {"dtype": BF16, "hq": 0, "hkv": 3, "tokens": 40, "norm": False, "scales": True},
         {"dtype": F16, "hq": 3, "hkv": 0, "tokens": 40},
         {"dtype": BF16, "hq": 1, "hkv": 1, "tokens": 300, "norm": False},
+        {"dtype": BF16, "copies": True, "scales": True, "tokens": 33, "hq": 5, "hkv": 3},
+        {"dtype": F16, "copies": True, "tokens": 7, "hq": 0, "page_size": 100},
+        # So many that the CUDA kernel takes several heads a thread.
+        {"dtype": BF16, "copies": True, "scales": True, "tokens": 2300, "hq": 9, "hkv": 3},
+        {"dtype": F16, "cache_dtype": FP8, "tokens": 2300, "hq": 17, "hkv": 1, "norm": False},
     ],
     ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()),
 )
@@ -113,11 +132,12 @@ def test_one_norm_alone(device, missing):
 def test_random_shapes(device, data):
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     dtype = data.draw(st.sampled_from([BF16, F16]))
+    copies = data.draw(st.booleans())
     check(
         make_inputs(
             device,
             dtype=dtype,
-            cache_dtype=data.draw(st.sampled_from([dtype, FP8])),
+            cache_dtype=dtype if copies else data.draw(st.sampled_from([dtype, FP8])),
             tokens=data.draw(st.integers(1, 40)),
             hq=data.draw(st.integers(0, 9)),
             hkv=data.draw(st.integers(1, 5)),
@@ -127,51 +147,54 @@ def test_random_shapes(device, data):
             scales=data.draw(st.booleans()),
             position_dtype=data.draw(st.sampled_from([torch.int32, torch.int64])),
             interleaved=data.draw(st.booleans()),
+            copies=copies,
         )
     )
 
 
 def test_no_tokens(device):
-    inputs = make_inputs(device, tokens=0)
+    inputs = make_inputs(device, tokens=0, copies=True)
     ops.rope_write_kv(**inputs)
-    assert inputs["k_cache"].isnan().all() and inputs["v_cache"].isnan().all()
+    assert all_nan(inputs)
 
 
 def test_two_runs_are_identical(device):
     results = []
     for _ in range(2):
         torch.manual_seed(1)
-        inputs = make_inputs(device, tokens=129)
+        inputs = make_inputs(device, tokens=129, copies=True)
         ops.rope_write_kv(**inputs)
-        results.append([inputs[n].view(torch.int16).clone() for n in ("q_out", "k_cache", "v_cache")])
+        results.append([x.contiguous().view(torch.uint8) for x in outputs(inputs).values()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_opcheck(device):
-    inputs = make_inputs(device, scales=True)
+@pytest.mark.parametrize("copies", [False, True])
+def test_opcheck(device, copies):
+    inputs = make_inputs(device, scales=True, copies=copies)
     inputs["positions"].clamp_(0, 9)  # NaN outputs would not compare equal
-    for name in ("k_cache", "v_cache"):
+    for name in ("k_cache", "v_cache") + ("k_copy", "v_copy") * copies:
         inputs[name] = torch.zeros_like(inputs[name])
-    torch.library.opcheck(torch.ops.fusedkv.rope_write_kv.default, tuple(inputs.values()))
+    op = torch.ops.fusedkv.rope_write_kv.default
+    torch.library.opcheck(op, tuple(inputs.values()), test_utils=op_checks(fp8=copies))
 
 
-def test_compiles_without_graph_breaks(device):
+@pytest.mark.parametrize("copies", [False, True])
+def test_compiles_without_graph_breaks(device, copies):
     torch.manual_seed(2)
-    eager = make_inputs(device)
+    eager = make_inputs(device, copies=copies)
     compiled = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in eager.items()}
     ops.rope_write_kv(**eager)
     backend = "aot_eager" if device == "cpu" else "inductor"
     torch.compile(ops.rope_write_kv, fullgraph=True, backend=backend)(**compiled)
-    for name in ("q_out", "k_cache", "v_cache"):
-        assert torch.equal(eager[name].nan_to_num(9.0), compiled[name].nan_to_num(9.0))
+    assert same_outputs(eager, compiled)
 
 
 def check_repeated(inputs: dict, call) -> None:
     """Call it with other positions and slots in the same tensors, on caches that are NaN again each time."""
     for _ in range(4):
         change_indices(inputs)
-        for name in ("q_out", "k_cache", "v_cache"):
-            inputs[name].fill_(float("nan"))
+        for x in outputs(inputs).values():
+            x.fill_(float("nan"))
         call()
         exact, rounded = expected(inputs, torch.float64), expected(inputs, torch.float32)
         for name, want in exact.items():
@@ -179,9 +202,11 @@ def check_repeated(inputs: dict, call) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("scales", [False, True])
-def test_graph_replay_reads_new_positions_and_slots(scales):
-    inputs = make_inputs("cuda", cache_dtype=FP8 if scales else None, scales=scales)
+@pytest.mark.parametrize(
+    "options", [{}, {"cache_dtype": FP8, "scales": True}, {"copies": True, "scales": True}], ids=str
+)
+def test_graph_replay_reads_new_positions_and_slots(options):
+    inputs = make_inputs("cuda", **options)
     ops.rope_write_kv(**inputs)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -234,15 +259,25 @@ BAD_ARGUMENTS = {
     "k_norm: expected dtype bfloat16": lambda a: a | {"k_norm": a["k_norm"].float()},
     r"k_scale: expected shape \[2, 64\]": lambda a: a | {"k_scale": torch.ones(64, device=a["qkv"].device)},
     "v_scale: expected dtype float32": lambda a: a | {"v_scale": torch.ones(2, 64).to(a["qkv"])},
+    "k_copy, v_copy: expected both or none": lambda a: a | {"v_copy": None},
+    "k_copy, v_copy: expected none without caches": lambda a: (
+        a | dict.fromkeys(("k_cache", "v_cache", "slot_mapping"))
+    ),
+    "k_copy: expected dtype float8_e4m3fn, got bfloat16": lambda a: a | {"k_copy": a["k_copy"].to(BF16)},
+    r"k_copy: expected shape \[4, 16, 2, 64\]": lambda a: a | {"k_copy": a["k_copy"].transpose(1, 2)},
+    r"v_copy: expected shape \[4, 16, 2, 64\]": lambda a: a | {"v_copy": a["v_copy"][:-1]},
+    "k_cache: expected the dtype of the input beside copies, got float8_e4m3fn": lambda a: (
+        a | {name: a[name].to(FP8) for name in ("k_cache", "v_cache")}
+    ),
 }
 
 
 @pytest.mark.parametrize("message", BAD_ARGUMENTS)
 def test_bad_argument_is_named_and_nothing_is_written(device, message):
-    good = make_inputs(device, tokens=20)
+    good = make_inputs(device, tokens=20, copies=True)
     with pytest.raises(ValueError, match=f"rope_write_kv: {message}"):
         ops.rope_write_kv(**BAD_ARGUMENTS[message](good))
-    assert all(good[name].isnan().all() for name in ("q_out", "k_cache", "v_cache"))
+    assert all_nan(good)
 
 
 @pytest.mark.cuda

@@ -3,6 +3,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import assert_close_2x
+from rope_cases import op_checks
 
 HALF = [torch.float16, torch.bfloat16]
 E4M3 = torch.float8_e4m3fn
@@ -47,24 +48,31 @@ def bits(x):
     return x.contiguous().view(torch.uint8)
 
 
-def check_against_oracle(k, v, k_cache, v_cache, slots, k_scale=None, v_scale=None):
-    """Run the op on poisoned caches; compare the written slots, and every other bit with the poison."""
-    write_kv(k, v, k_cache, v_cache, slots, k_scale, v_scale)
-    num_slots = k_cache.shape[0] * k_cache.shape[1]
+def check_cache(x, cache, slots, scale):
+    """Compare the written slots with x / scale, and every other bit with the poison."""
+    num_slots = cache.shape[0] * cache.shape[1]
     written = torch.zeros(num_slots, dtype=torch.bool)
     kept = (slots >= 0) & (slots < num_slots)
     written[slots[kept].cpu()] = True
-    for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
-        exact, same = poison(*cache.shape, dtype=torch.float64, device="cpu"), poison_like(cache)
-        wide = x.double() if scale is None else x.double() / scale.double()
-        plain = x if scale is None else x / scale.to(x.dtype)
-        exact.flatten(0, 1)[slots[kept].cpu()] = wide[kept].cpu()
-        same.flatten(0, 1)[slots[kept].cpu()] = plain[kept].cpu().to(cache.dtype)
-        assert_close_2x(cache.float(), exact, same.float())
-        rows = cache.cpu().flatten(0, 1)
-        assert (bits(rows[~written]) == 0xFF).all(), "a slot that no token names was written"
-        if scale is None:
-            assert torch.equal(bits(rows[written]), bits(same.flatten(0, 1)[written]))
+    exact, same = poison(*cache.shape, dtype=torch.float64, device="cpu"), poison_like(cache)
+    wide = x.double() if scale is None else x.double() / scale.double()
+    plain = x if scale is None else x / scale.to(x.dtype)
+    exact.flatten(0, 1)[slots[kept].cpu()] = wide[kept].cpu()
+    same.flatten(0, 1)[slots[kept].cpu()] = plain[kept].cpu().to(cache.dtype)
+    assert_close_2x(cache.float(), exact, same.float())
+    rows = cache.cpu().flatten(0, 1)
+    assert (bits(rows[~written]) == 0xFF).all(), "a slot that no token names was written"
+    if scale is None:
+        assert torch.equal(bits(rows[written]), bits(same.flatten(0, 1)[written]))
+
+
+def check_against_oracle(k, v, k_cache, v_cache, slots, k_scale=None, v_scale=None, k_copy=None, v_copy=None):
+    """Run the op on poisoned caches and compare them, and the copies, to which the scales then belong."""
+    write_kv(k, v, k_cache, v_cache, slots, k_scale, v_scale, k_copy, v_copy)
+    for x, cache, copy, scale in ((k, k_cache, k_copy, k_scale), (v, v_cache, v_copy, v_scale)):
+        check_cache(x, cache, slots, scale if copy is None else None)
+        if copy is not None:
+            check_cache(x, copy, slots, scale)
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 64, 100])
@@ -91,6 +99,20 @@ def test_scales_divide(device, dtype, fp8, scaled):
     check_against_oracle(
         k, v, *caches, slots, k_scale if "k" in scaled else None, v_scale if "v" in scaled else None
     )
+
+
+@pytest.mark.parametrize("tokens", [20, 1200])  # few and many to the CUDA launch
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("dtype", HALF)
+def test_copies(device, dtype, scaled, layout, tokens):
+    heads, d = 8, 128
+    pages = tokens // 16 + 2
+    caches = make_caches("packed", pages, 16, heads, d, dtype, device)
+    copies = make_caches(layout, pages, 16, heads, d, E4M3, device)
+    k, v = torch.randn(2, tokens, heads, d, device=device, dtype=dtype)
+    scales = torch.rand(2, heads, d, device=device) + 0.25 if scaled else (None, None)
+    check_against_oracle(k, v, *caches, scattered_slots(tokens, pages * 16, device), *scales, *copies)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -141,14 +163,15 @@ def test_strided_inputs(device, kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_cpu_takes_wide_dtypes(dtype):
     k, v = torch.randn(2, 9, 2, 6, dtype=dtype)
-    check_against_oracle(
-        k, v, *make_caches("packed", 3, 5, 2, 6, dtype, "cpu"), scattered_slots(9, 15, "cpu")
-    )
+    caches = make_caches("packed", 3, 5, 2, 6, dtype, "cpu")
+    k_copy, v_copy = make_caches("packed", 3, 5, 2, 6, E4M3, "cpu")
+    check_against_oracle(k, v, *caches, scattered_slots(9, 15, "cpu"), k_copy=k_copy, v_copy=v_copy)
 
 
 def good_arguments(device):
     k, v = torch.randn(2, 5, 2, 64, device=device).half()
     k_cache, v_cache = make_caches("contiguous", 2, 16, 2, 64, torch.float16, device)
+    k_copy, v_copy = make_caches("hnd", 2, 16, 2, 64, E4M3, device)
     return {
         "k": k,
         "v": v,
@@ -157,6 +180,8 @@ def good_arguments(device):
         "slot_mapping": torch.arange(5, device=device),
         "k_scale": torch.ones(2, 64, device=device),
         "v_scale": torch.ones(2, 64, device=device),
+        "k_copy": k_copy,
+        "v_copy": v_copy,
     }
 
 
@@ -204,6 +229,20 @@ BAD = {
     ),
     "k_scale dtype": ("k_scale", lambda x: x.half(), "k_scale: expected dtype float32, got float16"),
     "v_scale shape": ("v_scale", lambda x: x[0], r"v_scale: expected shape \[2, 64\], got \[64\]"),
+    "k_copy alone": ("v_copy", lambda x: None, "k_copy, v_copy: expected both or none of them, got"),
+    "k_copy dtype": ("k_copy", lambda x: x.half(), "k_copy: expected dtype float8_e4m3fn, got float16"),
+    "k_copy pages": (
+        "k_copy",
+        lambda x: x[1:],
+        r"k_copy: expected shape \[2, 16, 2, 64\], got \[1, 16, 2, 64\]",
+    ),
+    "v_copy heads": ("v_copy", lambda x: x[:, :, :1], r"v_copy: expected shape .*2, 64\], got .*1, 64\]"),
+    "v_copy stride": (
+        "v_copy",
+        lambda x: x.repeat(1, 1, 1, 2)[..., ::2],
+        "v_copy: expected stride 1 in the last dimension, got 2",
+    ),
+    "v_copy device": ("v_copy", lambda x: x.to("meta"), "v_copy: expected device .*, got meta"),
 }
 
 
@@ -214,8 +253,19 @@ def test_bad_argument(device, case):
     arguments[name] = spoil(arguments[name])
     with pytest.raises(ValueError, match="^write_kv: " + message):
         write_kv(**arguments)
-    for cache in (arguments["k_cache"], arguments["v_cache"]):
-        assert cache.is_meta or cache.float().isnan().all(), "written in spite of the error"
+    for name in ("k_cache", "v_cache", "k_copy", "v_copy"):
+        cache = arguments[name]
+        unwritten = cache is None or cache.is_meta or cache.float().isnan().all()
+        assert unwritten, f"{name} was written in spite of the error"
+
+
+def test_copies_beside_fp8_caches(device):
+    arguments = good_arguments(device)
+    caches = make_caches("contiguous", 2, 16, 2, 64, E4M3, device)
+    arguments |= zip(("k_cache", "v_cache"), caches, strict=True)
+    with pytest.raises(ValueError, match="write_kv: k_cache: expected the dtype of the input beside"):
+        write_kv(**arguments)
+    assert all((bits(cache) == 0xFF).all() for cache in (*caches, arguments["k_copy"], arguments["v_copy"]))
 
 
 @pytest.mark.cuda
@@ -227,8 +277,12 @@ def test_cuda_needs_aligned_caches(d, width):
         write_kv(k, k, cache, cache.clone(), torch.arange(3, device="cuda"))
 
 
-def test_opcheck(device):
-    torch.library.opcheck(write_kv.default, (), good_arguments(device))
+@pytest.mark.parametrize("copied", [False, True])
+def test_opcheck(device, copied):
+    arguments = good_arguments(device)
+    if not copied:
+        arguments |= {"k_copy": None, "v_copy": None}
+    torch.library.opcheck(write_kv.default, (), arguments, test_utils=op_checks(fp8=copied))
 
 
 def test_meta_tensors():
@@ -247,10 +301,11 @@ def test_two_runs_give_the_same_bits(device):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_compiles_into_one_graph(device):
-    def step(x, k_cache, v_cache, slots):
+@pytest.mark.parametrize("copied", [False, True])
+def test_compiles_into_one_graph(device, copied):
+    def step(x, k_cache, v_cache, slots, *copies):
         k, v = (x * 2).chunk(2, 1)
-        write_kv(k, v, k_cache, v_cache, slots)
+        write_kv(k, v, k_cache, v_cache, slots, None, None, *copies)
         return k_cache[0].float().sum(), v + 1
 
     backend = "aot_eager" if device == "cpu" else "inductor"
@@ -259,7 +314,8 @@ def test_compiles_into_one_graph(device):
     results = []
     for run in (step, torch.compile(step, fullgraph=True, backend=backend)):
         caches = [torch.zeros(1, 16, 2, 64, device=device).half() for _ in range(2)]
-        results.append([*run(x, *caches, slots), *caches])
+        copies = [cache.to(E4M3) for cache in caches] * copied
+        results.append([*run(x, *caches, slots, *copies), *caches, *(copy.float() for copy in copies)])
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager)
 
@@ -272,12 +328,15 @@ def test_compiles_into_one_graph(device):
     page_size=st.integers(1, 70),
     layout=st.sampled_from(LAYOUTS),
     dtype=st.sampled_from(HALF),
-    fp8=st.booleans(),
+    fp8=st.sampled_from(["none", "caches", "copies"]),
 )
 def test_any_shape(device, tokens, heads, d, page_size, layout, dtype, fp8):
-    caches = make_caches(layout, tokens // page_size + 1, page_size, heads, d, E4M3 if fp8 else dtype, device)
+    shape = (tokens // page_size + 1, page_size, heads, d)
+    caches = make_caches(layout, *shape, E4M3 if fp8 == "caches" else dtype, device)
+    k_copy, v_copy = make_caches("hnd", *shape, E4M3, device) if fp8 == "copies" else (None, None)
     k, v = torch.randn(2, tokens, heads, d, device=device, dtype=dtype)
-    check_against_oracle(k, v, *caches, scattered_slots(tokens, caches[0].shape[0] * page_size, device))
+    slots = scattered_slots(tokens, caches[0].shape[0] * page_size, device)
+    check_against_oracle(k, v, *caches, slots, k_copy=k_copy, v_copy=v_copy)
 
 
 @pytest.mark.cuda
@@ -295,13 +354,14 @@ def test_offsets_beyond_32_bits():
 def test_graph_replays_with_new_slots():
     k, v = torch.randn(2, 4, 2, 64, device="cuda").half()
     caches = make_caches("contiguous", 4, 16, 2, 64, torch.float16, "cuda")
+    copies = make_caches("contiguous", 4, 16, 2, 64, E4M3, "cuda")
     slots = torch.full((4,), -1, device="cuda")
-    write_kv(k, v, *caches, slots)
+    write_kv(k, v, *caches, slots, None, None, *copies)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        write_kv(k, v, *caches, slots)
+        write_kv(k, v, *caches, slots, None, None, *copies)
     for first in (0, 30):
         slots.copy_(torch.arange(first, first + 4))
         graph.replay()
-        for x, cache in zip((k, v), caches, strict=True):
-            assert torch.equal(cache.flatten(0, 1)[first : first + 4], x)
+        for x, cache in zip((k, v) * 2, (*caches, *copies), strict=True):
+            assert torch.equal(bits(cache.flatten(0, 1)[first : first + 4]), bits(x.to(cache.dtype)))

@@ -46,10 +46,12 @@ def prompts(*lengths: int) -> list[torch.Tensor]:
 
 def poison(cache) -> None:
     """NaN in every slot: what reads one that was never written shows it."""
-    for pool in (*cache.keys.values(), *cache.values.values()):
-        pool.fill_(float("nan"))
+    for pools in (cache.keys, cache.values, cache.key_copies, cache.value_copies):
+        for pool in pools.values():
+            pool.fill_(float("nan"))
 
 
 PLANS = {name: CrossLayerPlan.named(name, LAYERS) for name in PLAN_NAMES}
 PLANS["fusedkv_lite_1"] = CrossLayerPlan.fusedkv_lite(LAYERS, n=1)  # the others store half of the layers
 PLANS["layer_types"] = CrossLayerPlan.from_layer_types("0_1_0_3_1_3")
+FP8_PLANS = {name: plan for name, plan in PLANS.items() if name != "vanilla"}  # in which layers are shared

@@ -1,300 +1,472 @@
 // The running softmax and weighted sum of one item, and how warps and workers merge theirs.
+//
+// Products are transposed: a warp forms K q^T and V^T P^T, so that tokens and channels fill the 16 rows of
+// the tensor-core tile and the few query rows its 8 columns. A lane then holds, of each tile, two tokens (or
+// channels) for two query rows: 2 * (lane % 4) and the next one.
 #pragma once
 
 #include "attention_units.cuh"
 
 namespace fusedkv {
 
-// One warp's running result: 16 query rows, of which a lane holds two, over all channels.
+// An item of which this worker has left a partial result.
+struct SharedItem {
+  bool is_last;  // this worker was the last to arrive: it merges
+  int seq, head, row_block, first_worker, worker_step, parts;
+};
+
+template <class S>
+struct AttentionControl {
+  alignas(4) uint8_t visible[kMaxStages][S::kUnitTokens / 8];  // one bit a token: it may be seen
+  float value_weights[S::kSources][S::D];                      // of the item
+  SharedItem shared_items[2];  // the item that the worker begins in, and the one it ends in
+};
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The maximum of a row that has seen nothing. Not -inf, because differences of maxima must be numbers.
+constexpr float kNothing = -1.5e38f;
+
+__device__ __forceinline__ float inverse_or_zero(float sum) {
+  return sum == 0.f ? 0.f : __fdividef(1.f, sum);
+}
+
+// Operands of as many k-steps as one ldmatrix brings: 16 channels of f16 or bf16, or 32 of e4m3.
+template <class S>
+constexpr int kStepsAtOnce = 2 / sizeof(typename S::C);
+
+// Keys as the 16 x 16 left operand, for 16 tokens. The two e4m3 pairs of a register are neighbours in memory
+// but k-columns 2j and 2j + 8 of the operand; query_fragment() orders the channels of q alike.
+template <class S>
+__device__ __forceinline__ void load_keys(uint32_t (&a)[kStepsAtOnce<S>][4], uint32_t address) {
+  uint32_t r[4];
+  ldmatrix_x4(r, address);
+  if constexpr (sizeof(typename S::C) == 2) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[0][i] = r[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      e4m3_to_f16(r[2 * i], a[i][0], a[i][2]);
+      e4m3_to_f16(r[2 * i + 1], a[i][1], a[i][3]);
+    }
+  }
+}
+
+// Values as the 16 x 16 left operand: 16 channels by 16 tokens. The transposing load moves two bytes at a
+// time, so for e4m3 the pair in its low and high bytes becomes rows j and j + 8: see value_channel().
+template <class S>
+__device__ __forceinline__ void load_values(uint32_t (&a)[kStepsAtOnce<S>][4], uint32_t address) {
+  uint32_t r[4];
+  ldmatrix_x4_trans(r, address);
+  if constexpr (sizeof(typename S::C) == 2) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[0][i] = r[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t by_channel = __byte_perm(r[i], 0, 0x3120);
+      e4m3_to_f16(by_channel, a[i / 2][i % 2 * 2], a[i / 2][i % 2 * 2 + 1]);
+    }
+  }
+}
+
+// Where a partial result has a channel of a row: XORed so that the lanes that finish a tile fall into
+// different banks.
+__device__ __forceinline__ int swizzled_channel(int row, int channel) { return channel ^ row / 2 % 4 * 8; }
+
+// The channel of row lane / 4 (+ 8 for half 1) of value tile d.
+template <class S>
+__device__ __forceinline__ int value_channel(int d, int half) {
+  const int row = threadIdx.x % 32 / 4;
+  return d * 16 + (sizeof(typename S::C) == 2 ? row + 8 * half : 2 * row + half);
+}
+
+// One warp's running result: 8 * kRowTiles query rows over all channels.
 template <class S>
 struct AttentionState {
   using T = typename S::T;
-  float out[S::kValueSources][S::D / 8][4];
-  float row_max[2], row_sum[2];  // the sum is the lane's own part until finish()
+  uint32_t query[S::kSources][S::kRowTiles][S::D / 16][2];
+  float out[S::kSources][S::kRowTiles][S::D / 16][4];
+  // Exponents are taken from row_max, which lags behind the true maximum by at most kMaxLag. The sum is the
+  // lane's own part until finish().
+  float row_max[S::kRowTiles][2], row_sum[S::kRowTiles][2];
+  static constexpr float kMaxLag = 8.f;  // 2^8 fits f16 with room for the sum; rescaling becomes rare
 
-  __device__ void reset() {
+  // Starts an item: its queries, weighted with a_s and rounded once, become right operands of the products.
+  __device__ void start(const AttentionParams& p, AttentionControl<S>& control, const char* stage) {
+    const int lane = threadIdx.x % 32;
+    const int first = threadIdx.x / 32 % S::kTeamWarps * S::kWarpRows;
+    const float* const weights = reinterpret_cast<const float*>(stage + S::kWeightOffset);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < S::kSources * S::D; i += S::kThreads) {
+      const bool given = p.value_weights && i / S::D < p.num_v_sources;
+      control.value_weights[i / S::D][i % S::D] = given ? weights[S::kSources * S::D + i] : 1.f;
+    }
 #pragma unroll
-    for (int s = 0; s < S::kValueSources; ++s)
-#pragma unroll
-      for (int i = 0; i < S::D / 8; ++i)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) out[s][i][j] = 0.f;
-    row_max[0] = row_max[1] = -INFINITY;
-    row_sum[0] = row_sum[1] = 0.f;
-  }
-
-  __device__ void add_unit(const FusedAttentionParams& p, const UnitCursor& at, int row_blocks,
-                           const char* query, const char* stage, const uint32_t (&visible)[kAttentionWarps]) {
-    constexpr int kGroups = S::kRowTiles;  // 16-token groups of the team
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int tile = warp % S::kRowTiles, first_token = warp / S::kRowTiles * 16 * kGroups;
-
-    float scores[2 * kGroups][4] = {};
-#pragma unroll
-    for (int s = 0; s < S::kKeySources; ++s) {
+    for (int n = 0; n < S::kRowTiles; ++n) {
+      const int row = first + n * 8 + lane / 4;
 #pragma unroll
       for (int k = 0; k < S::D / 16; ++k) {
-        uint32_t a[4];
-        ldmatrix_x4(a, smem_address(query + s * S::kRows * S::D * 2 +
-                                    swizzled<S::D>(tile * 16 + lane % 16, 2 * k + lane / 16)));
 #pragma unroll
-        for (int g = 0; g < kGroups; ++g) {
-          uint32_t b[4];
-          const int token = first_token + g * 16 + lane % 8 + lane / 16 * 8;
-          ldmatrix_x4(b,
-                      smem_address(stage + s * S::kPlaneBytes + swizzled<S::D>(token, 2 * k + lane / 8 % 2)));
-          mma_16x8x16<T>(scores[2 * g], a, b[0], b[1]);
-          mma_16x8x16<T>(scores[2 * g + 1], a, b[2], b[3]);
+        for (int i = 0; i < 2; ++i) {
+          // See load_keys() for the order of channels with e4m3.
+          constexpr bool kWide = sizeof(typename S::C) == 2;
+          const int channel = k * 16 + (kWide ? lane % 4 * 2 + i * 8 : lane % 4 * 4 + i * 2);
+          const uint32_t pair = *reinterpret_cast<const uint32_t*>(
+              stage + S::kQueryOffset + swizzled<S::D / 8>(row, channel / 8) + channel % 8 * 2);
+          const float2 q = !kWide && p.dtype == DType::kBF16 ? unpack2<bf16>(pair) : unpack2<T>(pair);
+#pragma unroll
+          for (int s = 0; s < S::kSources; ++s) {
+            float2 a = make_float2(1.f, 1.f);
+            if (p.key_weights) a = *reinterpret_cast<const float2*>(weights + s * S::D + channel);
+            float2 weighted = make_float2(q.x * a.x, q.y * a.y);
+            if constexpr (!kWide) {  // f16 has less range than the bf16 that q may be
+              weighted.x = fminf(fmaxf(weighted.x, -65504.f), 65504.f);
+              weighted.y = fminf(fmaxf(weighted.y, -65504.f), 65504.f);
+            }
+            query[s][n][k][i] = pack2<T>(weighted.x, weighted.y);
+          }
+        }
+      }
+#pragma unroll
+      for (int s = 0; s < S::kSources; ++s)
+#pragma unroll
+        for (int d = 0; d < S::D / 16; ++d)
+#pragma unroll
+          for (int j = 0; j < 4; ++j) out[s][n][d][j] = 0.f;
+      row_max[n][0] = row_max[n][1] = kNothing;
+      row_sum[n][0] = row_sum[n][1] = 0.f;
+    }
+  }
+
+  __device__ __forceinline__ void add_unit(const AttentionParams& p, const BlockCursor& at, const char* stage,
+                                           const uint8_t* visible) {
+    const int first = threadIdx.x / 32 / S::kTeamWarps * S::kTeamTokens;
+#pragma unroll 1
+    for (int token = first; token < first + S::kTeamTokens; token += S::kStepTokens) {
+      const uint8_t* const bits = visible + token / 8;
+      uint32_t seen;
+      if constexpr (S::kStepTokens == 32) {
+        seen = *reinterpret_cast<const uint32_t*>(bits);
+      } else {
+        seen = *reinterpret_cast<const uint16_t*>(bits) * 0x10001u;
+      }
+      if (seen) add_tokens(p, at, stage, token, seen);
+    }
+  }
+
+  // Adds kStepTokens tokens, from number `token` of the unit.
+  __device__ __forceinline__ void add_tokens(const AttentionParams& p, const BlockCursor& at,
+                                             const char* stage, int token, uint32_t seen) {
+    constexpr int kTiles = S::kStepTokens / 16, kSteps = kStepsAtOnce<S>;
+    // A chain of dependent products is latency: where there is one tile only, odd and even steps have their
+    // own.
+    constexpr int kChains = kTiles * S::kRowTiles == 1 ? 2 : 1;
+    const int lane = threadIdx.x % 32;
+    const uint32_t unit = smem_address(stage);
+    const uint32_t keys = unit + swizzled<S::kRowChunks>(token + lane % 16, lane / 16);
+    float scores[kTiles][S::kRowTiles][4], chains[kChains][kTiles][S::kRowTiles][4] = {};
+#pragma unroll
+    for (int s = 0; s < S::kSources; ++s) {
+      if (s > 0 && p.num_k_sources == 1) break;
+#pragma unroll
+      for (int at_once = 0; at_once < S::D / 16 / kSteps; ++at_once) {
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) {
+          uint32_t a[kSteps][4];
+          load_keys<S>(a, (keys ^ at_once * 32) + s * S::kPlaneBytes + m * 16 * S::kRowBytes);
+#pragma unroll
+          for (int i = 0; i < kSteps; ++i) {
+            const int k = at_once * kSteps + i;
+#pragma unroll
+            for (int n = 0; n < S::kRowTiles; ++n) {
+              mma_16x8x16<T>(chains[k % kChains][m][n], a[i], query[s][n][k][0], query[s][n][k][1]);
+            }
+          }
+        }
+      }
+    }
+    const float scale = p.scale * 1.4426950408889634f;  // exponents to base 2
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+      for (int n = 0; n < S::kRowTiles; ++n)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          float sum = chains[0][m][n][j];
+          if constexpr (kChains == 2) sum += chains[1][m][n][j];
+          scores[m][n][j] = sum * scale;
+        }
+    mask_scores(p, at, token, seen, scores);
+
+    bool ahead = false;
+    float best[S::kRowTiles][2];  // of the lane's own tokens
+#pragma unroll
+    for (int n = 0; n < S::kRowTiles; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        best[n][j] = fmaxf(scores[0][n][j], scores[0][n][j + 2]);
+        if constexpr (kTiles == 2)
+          best[n][j] = fmaxf(best[n][j], fmaxf(scores[1][n][j], scores[1][n][j + 2]));
+        ahead |= best[n][j] > row_max[n][j] + kMaxLag;
+      }
+    if (__any_sync(~0u, ahead)) raise_max(best);
+
+    uint32_t probabilities[kTiles][S::kRowTiles][2];
+#pragma unroll
+    for (int n = 0; n < S::kRowTiles; ++n) {
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float first = exp2_fast(scores[m][n][2 * half] - row_max[n][0]);
+          const float second = exp2_fast(scores[m][n][2 * half + 1] - row_max[n][1]);
+          row_sum[n][0] += first, row_sum[n][1] += second;
+          probabilities[m][n][half] = transpose_8x8(pack2<T>(first, second));
         }
       }
     }
 
-    const float scale = p.scale * 1.4426950408889634f;  // exponents to base 2
+    const int value_row = sizeof(typename S::C) == 2 ? lane % 8 + lane / 16 * 8 : lane % 16;
+    const int value_chunk = sizeof(typename S::C) == 2 ? lane / 8 % 2 : lane / 16;
+    const uint32_t values =
+        unit + S::kSources * S::kPlaneBytes + swizzled<S::kRowChunks>(token + value_row, value_chunk);
 #pragma unroll
-    for (int n = 0; n < 2 * kGroups; ++n)
+    for (int s = 0; s < S::kSources; ++s) {
+      if (s > 0 && p.num_v_sources == 1) break;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) scores[n][j] *= scale;
-    mask_scores(p, at, row_blocks, visible, scores);
-
-    float safe_max[2], rescale[2];
+      for (int at_once = 0; at_once < S::D / 16 / kSteps; ++at_once) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float best = row_max[r];
+        for (int m = 0; m < kTiles; ++m) {
+          uint32_t a[kSteps][4];
+          load_values<S>(a, (values ^ at_once * 32) + s * S::kPlaneBytes + m * 16 * S::kRowBytes);
 #pragma unroll
-      for (int n = 0; n < 2 * kGroups; ++n) best = fmaxf(best, fmaxf(scores[n][2 * r], scores[n][2 * r + 1]));
-      best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
-      best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
-      safe_max[r] = best == -INFINITY ? 0.f : best;  // -inf - -inf would be NaN
-      rescale[r] = exp2f(row_max[r] - safe_max[r]);
-      row_max[r] = best;
-      row_sum[r] *= rescale[r];
-    }
-    if (__any_sync(~0u, rescale[0] != 1.f || rescale[1] != 1.f)) {
+          for (int i = 0; i < kSteps; ++i) {
 #pragma unroll
-      for (int s = 0; s < S::kValueSources; ++s)
-#pragma unroll
-        for (int i = 0; i < S::D / 8; ++i)
-#pragma unroll
-          for (int j = 0; j < 4; ++j) out[s][i][j] *= rescale[j / 2];
-    }
-
-    uint32_t probabilities[kGroups][4];
-#pragma unroll
-    for (int n = 0; n < 2 * kGroups; ++n) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float low = exp2f(scores[n][2 * r] - safe_max[r]);
-        const float high = exp2f(scores[n][2 * r + 1] - safe_max[r]);
-        row_sum[r] += low + high;
-        probabilities[n / 2][n % 2 * 2 + r] = pack2<T>(low, high);
-      }
-    }
-
-#pragma unroll
-    for (int s = 0; s < S::kValueSources; ++s) {
-#pragma unroll
-      for (int g = 0; g < kGroups; ++g) {
-#pragma unroll
-        for (int d = 0; d < S::D / 16; ++d) {
-          uint32_t b[4];
-          const int token = first_token + g * 16 + lane % 16;
-          ldmatrix_x4_trans(b, smem_address(stage + (S::kKeySources + s) * S::kPlaneBytes +
-                                            swizzled<S::D>(token, 2 * d + lane / 16)));
-          mma_16x8x16<T>(out[s][2 * d], probabilities[g], b[0], b[1]);
-          mma_16x8x16<T>(out[s][2 * d + 1], probabilities[g], b[2], b[3]);
+            for (int n = 0; n < S::kRowTiles; ++n) {
+              mma_16x8x16<T>(out[s][n][at_once * kSteps + i], a[i], probabilities[m][n][0],
+                             probabilities[m][n][1]);
+            }
+          }
         }
       }
     }
   }
 
-  __device__ __forceinline__ void mask_scores(const FusedAttentionParams& p, const UnitCursor& at,
-                                              int row_blocks, const uint32_t (&visible)[kAttentionWarps],
-                                              float (&scores)[2 * S::kRowTiles][4]) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int team = warp / S::kRowTiles;
+  // Makes row_max the true maximum, best being that of the lane's new tokens.
+  __device__ __forceinline__ void raise_max(const float (&best)[S::kRowTiles][2]) {
 #pragma unroll
-    for (int g = 0; g < S::kRowTiles; ++g) {
-      const uint32_t seen = visible[team * S::kRowTiles + g];
-      if (seen == 0xffffu) continue;
+    for (int n = 0; n < S::kRowTiles; ++n) {
+      float rescale[2];
 #pragma unroll
-      for (int n = 0; n < 2; ++n)
+      for (int j = 0; j < 2; ++j) {
+        float all = fmaxf(row_max[n][j], best[n][j]);
+        all = fmaxf(all, __shfl_xor_sync(~0u, all, 4));
+        all = fmaxf(all, __shfl_xor_sync(~0u, all, 8));
+        all = fmaxf(all, __shfl_xor_sync(~0u, all, 16));
+        rescale[j] = exp2_fast(row_max[n][j] - all);
+        row_max[n][j] = all;
+        row_sum[n][j] *= rescale[j];
+      }
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int column = n * 8 + lane % 4 * 2 + j % 2;
-          if (!(seen >> column & 1)) scores[2 * g + n][j] = -INFINITY;
+      for (int s = 0; s < S::kSources; ++s)
+#pragma unroll
+        for (int d = 0; d < S::D / 16; ++d)
+#pragma unroll
+          for (int j = 0; j < 4; ++j) out[s][n][d][j] *= rescale[j % 2];
+    }
+  }
+
+  __device__ __forceinline__ void mask_scores(const AttentionParams& p, const BlockCursor& at, int token,
+                                              uint32_t seen,
+                                              float (&scores)[S::kStepTokens / 16][S::kRowTiles][4]) {
+    constexpr int kTiles = S::kStepTokens / 16;
+    const int lane = threadIdx.x % 32;
+    if (seen != ~0u) {
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (seen >> (m * 16 + half * 8 + lane / 4) & 1) continue;
+#pragma unroll
+          for (int n = 0; n < S::kRowTiles; ++n)
+            scores[m][n][2 * half] = scores[m][n][2 * half + 1] = -INFINITY;
         }
     }
     // With one query token, or far from the edges, all rows see the same tokens: the bits above say it all.
-    const int start = (at.first_block + at.block) * kBlockTokens;
-    const bool at_end = start + kBlockTokens > at.length - p.num_query_tokens + 1;
+    const int start = at.start() + token;
+    const bool at_end = start + S::kStepTokens > at.length - p.num_query_tokens + 1;
     const bool at_window = p.window > 0 && start < at.length - p.window;
     if (p.num_query_tokens == 1 || !(at_end || at_window)) return;
-    const int group = p.num_q_heads / p.num_kv_heads;
-    const int first_row = at.head_row % row_blocks * S::kRows + warp % S::kRowTiles * 16 + lane / 4;
+    const int first_row =
+        at.row_block * S::kRows + threadIdx.x / 32 % S::kTeamWarps * S::kWarpRows + lane % 4 * 2;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int query = at.length - p.num_query_tokens + (first_row + 8 * r) / group;
-      const int oldest = p.window > 0 ? query - p.window + 1 : 0;
-#pragma unroll
-      for (int n = 0; n < 2 * S::kRowTiles; ++n)
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const int key = start + team * 16 * S::kRowTiles + n * 8 + lane % 4 * 2 + j;
-          if (key > query || key < oldest) scores[n][2 * r + j] = -INFINITY;
-        }
-    }
-  }
-
-  // Weights and adds the value sources, then merges the teams; team 0 ends with the item's rows in out[0].
-  // `scratch` is the stage that was read last: nothing is loaded into it before the next unit.
-  __device__ void finish(const FusedAttentionParams& p, const UnitCursor& at, int row_blocks,
-                         AttentionControl& control, char* scratch) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int tile = warp % S::kRowTiles, team = warp / S::kRowTiles;
-    const int head = at.head_row / row_blocks;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      row_sum[r] += __shfl_xor_sync(~0u, row_sum[r], 1);
-      row_sum[r] += __shfl_xor_sync(~0u, row_sum[r], 2);
-    }
-    float rescale[2] = {1.f, 1.f};
-    if constexpr (S::kTeams > 1) {
-      if (lane % 4 == 0) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          control.row_max[warp][lane / 4 + 8 * r] = row_max[r];
-          control.row_sum[warp][lane / 4 + 8 * r] = row_sum[r];
-        }
-      }
-      __syncthreads();
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int row = lane / 4 + 8 * r;
-        float best = -INFINITY, sum = 0.f;
-#pragma unroll
-        for (int t = 0; t < S::kTeams; ++t) best = fmaxf(best, control.row_max[t * S::kRowTiles + tile][row]);
-        const float safe = best == -INFINITY ? 0.f : best;
-#pragma unroll
-        for (int t = 0; t < S::kTeams; ++t) {
-          const int other = t * S::kRowTiles + tile;
-          sum += control.row_sum[other][row] * exp2f(control.row_max[other][row] - safe);
-        }
-        rescale[r] = exp2f(row_max[r] - safe);
-        row_max[r] = best;
-        row_sum[r] = sum;
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < S::D / 8; ++i) {
+    for (int n = 0; n < S::kRowTiles; ++n)
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        float total[2] = {0.f, 0.f};
+        const int query = at.length - p.num_query_tokens + (first_row + n * 8 + j) / p.group;
+        const int oldest = p.window > 0 ? query - p.window + 1 : 0;
 #pragma unroll
-        for (int s = 0; s < S::kValueSources; ++s) {
-          const int channel = i * 8 + lane % 4 * 2 + j;
-          const float b =
-              p.value_weights ? p.value_weights[(s * p.num_kv_heads + head) * S::D + channel] : 1.f;
-          total[0] += b * out[s][i][j];
-          total[1] += b * out[s][i][2 + j];
+        for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int key = start + m * 16 + half * 8 + lane / 4;
+            if (key > query || key < oldest) scores[m][n][2 * half + j] = -INFINITY;
+          }
+      }
+  }
+
+  // Weights and adds the value sources and leaves the team's partial result in `stage`, the one that was read
+  // last.
+  __device__ void finish(const AttentionControl<S>& control, char* stage) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    float* const partial = reinterpret_cast<float*>(stage) + warp / S::kTeamWarps * S::kPartialFloats;
+#pragma unroll
+    for (int n = 0; n < S::kRowTiles; ++n) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int row = warp % S::kTeamWarps * S::kWarpRows + n * 8 + lane % 4 * 2 + j;
+        float sum = row_sum[n][j];
+        sum += __shfl_xor_sync(~0u, sum, 4);
+        sum += __shfl_xor_sync(~0u, sum, 8);
+        sum += __shfl_xor_sync(~0u, sum, 16);
+        if (lane / 4 == 0) partial[row] = row_max[n][j], partial[S::kRows + row] = sum;
+#pragma unroll
+        for (int d = 0; d < S::D / 16; ++d) {
+          float total[2];
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            total[half] = 0.f;
+#pragma unroll
+            for (int s = 0; s < S::kSources; ++s) {
+              total[half] += control.value_weights[s][value_channel<S>(d, half)] * out[s][n][d][2 * half + j];
+            }
+          }
+          float* const to = partial + S::kStatFloats + row * S::D;
+          if constexpr (sizeof(typename S::C) == 1) {
+            *reinterpret_cast<float2*>(to + swizzled_channel(row, value_channel<S>(d, 0))) =
+                make_float2(total[0], total[1]);
+          } else {
+            to[swizzled_channel(row, value_channel<S>(d, 0))] = total[0];
+            to[swizzled_channel(row, value_channel<S>(d, 1))] = total[1];
+          }
         }
-        out[0][i][j] = total[0] * rescale[0];
-        out[0][i][2 + j] = total[1] * rescale[1];
       }
-    }
-#pragma unroll
-    for (int half = S::kTeams / 2; half >= 1; half /= 2) {
-      // Fragments travel in lane order, so that no two lanes meet in a bank.
-      float4* buffer = reinterpret_cast<float4*>(scratch) + lane;
-      if (team >= half && team < 2 * half) {
-        float4* to = buffer + ((team - half) * S::kRowTiles + tile) * 32 * (S::D / 8);
-#pragma unroll
-        for (int i = 0; i < S::D / 8; ++i)
-          to[i * 32] = make_float4(out[0][i][0], out[0][i][1], out[0][i][2], out[0][i][3]);
-      }
-      __syncthreads();
-      if (team < half) {
-        const float4* from = buffer + (team * S::kRowTiles + tile) * 32 * (S::D / 8);
-#pragma unroll
-        for (int i = 0; i < S::D / 8; ++i) {
-          const float4 other = from[i * 32];
-          out[0][i][0] += other.x, out[0][i][1] += other.y, out[0][i][2] += other.z, out[0][i][3] += other.w;
-        }
-      }
-      if (half > 1) __syncthreads();
     }
   }
 };
 
-// Address of query row `row` of the item in the output.
-template <class S>
-__device__ __forceinline__ typename S::T* out_row(const FusedAttentionParams& p, const UnitCursor& at,
-                                                  int head, int row) {
-  const int group = p.num_q_heads / p.num_kv_heads;
-  const int64_t token = int64_t(at.seq) * p.num_query_tokens + row / group;
-  return static_cast<typename S::T*>(p.out) + (token * p.num_q_heads + head * group + row % group) * S::D;
-}
+// Where the output rows of an item go.
+struct ItemOutput {
+  uint16_t* rows;        // of its first query row: f16 or bf16
+  int64_t token_stride;  // elements
+  int group, first_row;  // heads a token; number of the row block's first row
+  bool is_bf16;
+};
 
-__device__ __forceinline__ float inverse_or_zero(float sum) { return sum == 0.f ? 0.f : 1.f / sum; }
-
-// Writes team 0's rows: to the output when the whole item was this worker's, else as a partial result.
+// Adds `count` partial results that lie in shared memory, for the query rows [base, base + rows) of the row
+// block; each holds the rows from `base` on. The result goes to `partial`, in the same form, or where that is
+// null to the output. All threads call it. It is not inlined, because the merge of the teams and that of the
+// workers follow each other and the instructions of the second would be fetched from memory while all wait.
 template <class S>
-__device__ void write_rows(const FusedAttentionParams& p, const UnitCursor& at, int row_blocks,
-                           const AttentionState<S>& state, float* partial) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (warp >= S::kRowTiles) return;
-  const int rows = p.num_q_heads / p.num_kv_heads * p.num_query_tokens;
-  const int head = at.head_row / row_blocks, first_row = at.head_row % row_blocks * S::kRows;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int local = warp * 16 + lane / 4 + 8 * r, row = first_row + local;
-    if (row >= rows) continue;
-    if (partial) {
-      if (lane % 4 == 0) {
-        partial[S::kRows * S::D + local] = state.row_max[r];
-        partial[S::kRows * (S::D + 1) + local] = state.row_sum[r];
-      }
-#pragma unroll
-      for (int i = 0; i < S::D / 8; ++i) {
-        *reinterpret_cast<float2*>(partial + local * S::D + i * 8 + lane % 4 * 2) =
-            make_float2(state.out[0][i][2 * r], state.out[0][i][2 * r + 1]);
-      }
-    } else {
-      const float inverse = inverse_or_zero(state.row_sum[r]);
-      auto* to = out_row<S>(p, at, head, row);
-#pragma unroll
-      for (int i = 0; i < S::D / 8; ++i) {
-        *reinterpret_cast<uint32_t*>(to + i * 8 + lane % 4 * 2) =
-            pack2<typename S::T>(state.out[0][i][2 * r] * inverse, state.out[0][i][2 * r + 1] * inverse);
+__device__ __noinline__ void combine(const float* parts, int count, int part_floats, int base, int rows,
+                                     float* partial, ItemOutput output) {
+#pragma unroll 1
+  for (int start = 0; start < rows * (S::D / 4); start += S::kThreads) {
+    const int i = start + threadIdx.x, local = i / (S::D / 4), channel = i % (S::D / 4) * 4;
+    const int row = base + local, at = local * S::D + swizzled_channel(row, channel);
+    const bool busy = local < rows;
+    float max = kNothing, sum = 0.f, x[4] = {};
+    if (busy) {
+#pragma unroll 8
+      for (int k = 0; k < count; ++k) max = fmaxf(max, parts[k * part_floats + row]);
+#pragma unroll 8
+      for (int k = 0; k < count; ++k) {
+        const float* const part = parts + k * part_floats;
+        const float weight = exp2_fast(part[row] - max);
+        const float4 y = *reinterpret_cast<const float4*>(part + S::kStatFloats + at);
+        sum += weight * part[S::kRows + row];
+        x[0] += weight * y.x, x[1] += weight * y.y, x[2] += weight * y.z, x[3] += weight * y.w;
       }
     }
+    __syncthreads();  // `partial` may be the first of the parts
+    if (!busy) continue;
+    if (partial) {
+      *reinterpret_cast<float4*>(partial + S::kStatFloats + at) = make_float4(x[0], x[1], x[2], x[3]);
+      if (channel == 0) partial[row] = max, partial[S::kRows + row] = sum;
+      continue;
+    }
+    const float inverse = inverse_or_zero(sum);
+    for (float& value : x) value *= inverse;
+    const int item_row = output.first_row + row;
+    const int64_t to =
+        item_row / output.group * output.token_stride + item_row % output.group * S::D + channel;
+    *reinterpret_cast<uint2*>(output.rows + to) =
+        output.is_bf16 ? make_uint2(pack2<bf16>(x[0], x[1]), pack2<bf16>(x[2], x[3]))
+                       : make_uint2(pack2<f16>(x[0], x[1]), pack2<f16>(x[2], x[3]));
   }
 }
 
-// Adds up the partial results of an item in the order of the workers, so that every run gives the same bits.
 template <class S>
-__device__ void merge_partials(const FusedAttentionParams& p, const UnitCursor& at, int row_blocks,
-                               const float* first, const float* rest, int64_t stride, int parts) {
-  const int rows = p.num_q_heads / p.num_kv_heads * p.num_query_tokens;
-  const int head = at.head_row / row_blocks, first_row = at.head_row % row_blocks * S::kRows;
-  const int count = min(S::kRows, rows - first_row);
-  for (int i = threadIdx.x; i < count * (S::D / 4); i += kAttentionThreads) {
-    const int local = i / (S::D / 4), channel = i % (S::D / 4) * 4;
-    const auto part = [&](int k) { return k == 0 ? first : rest + (k - 1) * stride; };
-    float best = -INFINITY;
-    for (int k = 0; k < parts; ++k) best = fmaxf(best, __ldcg(part(k) + S::kRows * S::D + local));
-    const float safe = best == -INFINITY ? 0.f : best;
-    float sum = 0.f, x[4] = {};
-#pragma unroll 4
-    for (int k = 0; k < parts; ++k) {
-      const float weight = exp2f(__ldcg(part(k) + S::kRows * S::D + local) - safe);
-      const float4 o = __ldcg(reinterpret_cast<const float4*>(part(k) + local * S::D + channel));
-      sum += weight * __ldcg(part(k) + S::kRows * (S::D + 1) + local);
-      x[0] += weight * o.x, x[1] += weight * o.y, x[2] += weight * o.z, x[3] += weight * o.w;
+__device__ __forceinline__ ItemOutput item_output(const AttentionParams& p, int seq, int head,
+                                                  int row_block) {
+  const int64_t stride = int64_t(p.num_q_heads) * S::D;
+  return {static_cast<uint16_t*>(p.out) + seq * p.num_query_tokens * stride + head * p.group * S::D, stride,
+          p.group, row_block * S::kRows, p.dtype == DType::kBF16};
+}
+
+template <class S>
+__device__ __forceinline__ int item_rows(const AttentionParams& p, int row_block) {
+  return min(S::kRows, p.group * p.num_query_tokens - row_block * S::kRows);
+}
+
+// Adds up the partial results of an item in the order of the workers, so that every run gives the same bits.
+// They come through shared memory, as many at a time as fit: all their loads are then one round trip to the
+// L2.
+template <class S>
+__device__ void merge_partials(const AttentionParams& p, const SharedItem& item, char* ring) {
+  constexpr int kRowsAtOnce = S::kThreads / (S::D / 4) < S::kRows ? S::kThreads / (S::D / 4) : S::kRows;
+  constexpr int kPartFloats = S::kStatFloats + kRowsAtOnce * S::D;
+  const int parts_at_once = p.stages * (S::kStageBytes / (4 * kPartFloats));
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rows = item_rows<S>(p, item.row_block);
+  const ItemOutput output = item_output<S>(p, item.seq, item.head, item.row_block);
+  float* const parts = reinterpret_cast<float*>(ring);
+#pragma unroll 1
+  for (int base = 0; base < rows; base += kRowsAtOnce) {
+    const int rows_now = min(rows - base, kRowsAtOnce);
+    int held = 0;  // the first of the parts here is what has been added so far
+#pragma unroll 1
+    for (int from = 0; from < item.parts;) {
+      const int count = min(parts_at_once - held, item.parts - from);
+      __syncthreads();  // what was here before is no longer read
+#pragma unroll 1
+      for (int k = warp; k < count; k += S::kWarps) {
+        // The first worker's part is of the item that it ends in, the others' are of the items they begin in.
+        const int64_t worker = item.first_worker + int64_t(from + k) * item.worker_step;
+        const int64_t slot = 2 * worker + (from + k == 0);
+        const float* const part = static_cast<const float*>(p.workspace) + slot * S::kPartialFloats;
+        const uint32_t to = smem_address(parts + (held + k) * kPartFloats);
+#pragma unroll
+        for (int j = 0; j < (kPartFloats + 127) / 128; ++j) {
+          const int i = (j * 32 + lane) * 4;
+          if (i < S::kStatFloats + rows_now * S::D) {
+            cp_async_16(to + i * 4, part + i + (i < S::kStatFloats ? 0 : base * S::D), true);
+          }
+        }
+      }
+      cp_async_commit();
+      cp_async_wait<0>();
+      __syncthreads();
+      from += count;
+      combine<S>(parts, held + count, kPartFloats, base, rows_now, from < item.parts ? parts : nullptr,
+                 output);
+      held = 1;
     }
-    const float inverse = inverse_or_zero(sum);
-    *reinterpret_cast<uint2*>(out_row<S>(p, at, head, first_row + local) + channel) =
-        make_uint2(pack2<typename S::T>(x[0] * inverse, x[1] * inverse),
-                   pack2<typename S::T>(x[2] * inverse, x[3] * inverse));
   }
 }
 

@@ -1,5 +1,5 @@
-// Where a worker of fused_attention is in its range of units, and how it brings units and queries into
-// shared memory.
+// Where a worker of fused_attention is in its range of blocks, and how it brings units of them, queries and
+// fusion weights into shared memory.
 #pragma once
 
 #include <cmath>
@@ -9,127 +9,274 @@
 
 namespace fusedkv {
 
-constexpr int kAttentionWarps = 4;
-constexpr int kAttentionThreads = 32 * kAttentionWarps;
 constexpr int kMaxStages = 6;
+constexpr int kRingAlignment = 256;  // the widest row
 
-template <class Element, int head_dim, int key_sources, int value_sources, int row_tiles>
+// What the kernel gets: the op's arguments, and what the host derives from them once.
+struct AttentionParams : FusedAttentionParams {
+  int group;       // query heads of a key/value head
+  int row_blocks;  // of a key/value head
+  int page_shift;  // log2 of the page size, or -1 when it is no power of two
+  int stages;      // of the ring
+};
+
+// A unit is what a CTA loads at a time: one slice of tokens for each warp. A warp computes the attention of
+// 8 * row_tiles query rows; team_warps warps with rows of their own share the slices of all of them.
+template <class Compute, class Cache, int head_dim, int max_sources, int row_tiles, int team_warps>
 struct AttentionShape {
-  using T = Element;
-  static constexpr int D = head_dim, kKeySources = key_sources, kValueSources = value_sources;
-  static constexpr int kRowTiles = row_tiles;
-  static constexpr int kSources = kKeySources + kValueSources;
-  static constexpr int kTeams = kAttentionWarps / kRowTiles;
-  static constexpr int kRows = 16 * kRowTiles;
-  static constexpr int kChunks = D / 8;                     // 16-byte chunks of a row
-  static constexpr int kPlaneBytes = kBlockTokens * D * 2;  // bytes of one source's block
-  static constexpr int kStageBytes = kSources * kPlaneBytes;
-  static constexpr int kQueryBytes = kKeySources * kRows * D * 2;
-  static constexpr int kPartialFloats = kRows * (D + 2);  // floats of one partial result: rows, then max, sum
+  using T = Compute;  // of the tensor-core operands: f16 or bf16
+  using C = Cache;    // of the sources: T or e4m3
+  static constexpr int D = head_dim, kSources = max_sources;
+  static constexpr int kRowTiles = row_tiles, kTeamWarps = team_warps;
+  static constexpr int kRowBytes = D * sizeof(C), kRowChunks = kRowBytes / 16;
+  static constexpr int kTokenBytes = 2 * kSources * kRowBytes;
+  // Slices of 8 KB for 8 warps: 64 KB are in flight beside the unit that is computed. A warp alone needs 16
+  // tokens to fill a tensor-core tile, so where those take 16 KB there are 4 warps.
+  static constexpr int kFullSlice = 8192 / kTokenBytes;
+  static constexpr int kSliceTokens =
+      kFullSlice > 32 ? 32 : (kFullSlice * kTeamWarps < 16 ? 16 / kTeamWarps : kFullSlice);
+  static constexpr int kWarps = kSliceTokens * kTokenBytes <= 8192 ? 8 : 4;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kTeams = kWarps / kTeamWarps;
+  static constexpr int kWarpRows = 8 * kRowTiles, kRows = kWarpRows * kTeamWarps;
+  static constexpr int kUnitTokens = kWarps * kSliceTokens, kUnitBlocks = kUnitTokens / kBlockTokens;
+  static constexpr int kTeamTokens = kTeamWarps * kSliceTokens;
+  static constexpr int kStepTokens = kTeamTokens < 32 ? 16 : 32;  // that one step of the softmax takes
+  static constexpr int kPlaneBytes = kUnitTokens * kRowBytes;     // of one source in a unit
+  // A stage holds the planes of a unit and, where an item begins, its query rows and fusion weights.
+  static constexpr int kQueryOffset = 2 * kSources * kPlaneBytes,
+                       kWeightOffset = kQueryOffset + kRows * D * 2;
+  static constexpr int kStageBytes = kWeightOffset + 2 * kSources * D * 4;
+  // A partial result, of a team or of a worker: maxima, sums, rows.
+  static constexpr int kStatFloats = 2 * kRows, kPartialFloats = kStatFloats + kRows * D;
+  static_assert(kTeams * kPartialFloats * 4 <= kStageBytes, "a stage is where the teams meet");
+  static_assert(kStageBytes % kRingAlignment == 0, "offsets in a row are XORed into whole addresses");
 };
 
-struct AttentionControl {
-  uint32_t visible[kMaxStages][kAttentionWarps];  // bit t: token t of the warp's 16 may be seen
-  float row_max[kAttentionWarps][16];
-  float row_sum[kAttentionWarps][16];
-  bool is_last;
-};
-
-// Byte offset of a 16-byte chunk in a tile of D columns. Rows that ldmatrix reads together fall into
-// different banks because the row number is XORed into the chunk's.
-template <int D>
-__device__ __forceinline__ int swizzled(int row, int chunk) {
-  return row * D * 2 + ((chunk ^ (row & 7)) << 4);
+// Where chunk 0 of a row goes: a row's 16-byte chunks are XORed with a number that differs between the rows
+// that ldmatrix reads together, so that they fall into different banks. Only the low bits of the row matter.
+template <int chunks>
+__device__ __forceinline__ int row_swizzle(int row) {
+  static_assert(chunks == 4 || chunks % 8 == 0);
+  return chunks == 4 ? row / 2 & 3 : row & 7;
 }
 
-// A place in the order of work units. Like every number in device memory the schedule is not trusted: with
-// any contents the place stays inside the batch, so that a wrong schedule gives wrong results and no more.
-struct UnitCursor {
-  int seq, head_row, block;         // head_row = head * row_blocks + row block
-  int blocks, length, first_block;  // of the sequence
+// Byte offset of a chunk in a tile of rows.
+template <int chunks>
+__device__ __forceinline__ int swizzled(int row, int chunk) {
+  return (row * chunks + (chunk ^ row_swizzle<chunks>(row))) * 16;
+}
 
-  __device__ void enter_sequence(const FusedAttentionParams& p) {
-    const int64_t capacity = int64_t(p.max_pages) * p.cache.page_size;
-    blocks = max(1, p.schedule[seq + 1] - p.schedule[seq]);
-    length = static_cast<int>(max(int64_t(0), min(int64_t(p.seq_lens[seq]), capacity)));
-    first_block = first_visible(length, p.num_query_tokens, p.window) / kBlockTokens;
-  }
+// What is known of a sequence: its blocks in the schedule, and its length.
+struct SequenceInfo {
+  int begin, end, length;
 
-  __device__ void seek(const FusedAttentionParams& p, int64_t unit, int head_rows) {
-    const int lane = threadIdx.x % 32;
-    seq = 0;
-    for (int base = 0; base < p.batch; base += 32) {
-      const int i = base + lane + 1;
-      const bool before = i < p.batch && int64_t(p.schedule[i]) * head_rows <= unit;
-      seq += __popc(__ballot_sync(~0u, before));
-    }
-    enter_sequence(p);
-    const int64_t inside = unit - int64_t(p.schedule[seq]) * head_rows;
-    head_row = static_cast<int>(max(int64_t(0), min(inside / blocks, int64_t(head_rows) - 1)));
-    block = static_cast<int>(max(int64_t(0), inside % blocks));
-  }
-
-  __device__ void advance(const FusedAttentionParams& p, int head_rows) {
-    if (++block < blocks) return;
-    block = 0;
-    if (++head_row < head_rows) return;
-    head_row = 0;
-    seq = min(seq + 1, p.batch - 1);
-    enter_sequence(p);
+  __device__ static SequenceInfo load(const AttentionParams& p, int seq) {
+    return {p.schedule[seq], p.schedule[seq + 1], p.seq_lens[seq]};
   }
 };
 
-// Loads one warp's 16 tokens of each unit. The page of the next unit is looked up one unit early, so that
-// the look-up's latency hides behind a unit's work.
+// A place in the order of blocks. Like every number in device memory the schedule is not trusted: with any
+// contents the place stays inside the batch, so that a wrong schedule gives wrong results and no more.
+struct BlockCursor {
+  int seq, head, row_block, block;
+  int blocks, length, first;  // of the sequence; first: position of the first token that is seen
+  SequenceInfo next;          // loaded long before it is needed: see UnitLoader
+
+  // Position of the first token of the block.
+  __device__ int start() const { return first / kBlockTokens * kBlockTokens + block * kBlockTokens; }
+
+  __device__ void enter_sequence(const AttentionParams& p, const SequenceInfo& info) {
+    const int64_t capacity = int64_t(p.max_pages) * p.cache.page_size;
+    blocks = max(1, info.end - info.begin);
+    length = static_cast<int>(max(int64_t(0), min(int64_t(info.length), capacity)));
+    first = first_visible(length, p.num_query_tokens, p.window);
+    next = SequenceInfo::load(p, seq + 1 < p.batch ? seq + 1 : 0);
+  }
+
+  // To block `at` of the batch. `info`: of the first 32 sequences, one a lane; the last for lanes beyond the
+  // batch.
+  __device__ void seek(const AttentionParams& p, int head_row, int at, SequenceInfo info) {
+    const int lane = threadIdx.x % 32;
+    SequenceInfo own = {0, 1, 0};
+    seq = 0;
+    for (int base = 0;;) {
+      const int found = __popc(__ballot_sync(~0u, base + lane < p.batch && info.begin <= at));
+      const int last = max(found - 1, 0);
+      const SequenceInfo candidate = {__shfl_sync(~0u, info.begin, last), __shfl_sync(~0u, info.end, last),
+                                      __shfl_sync(~0u, info.length, last)};
+      if (found > 0 || base == 0) seq = base + last, own = candidate;
+      base += 32;
+      if (found < 32 || base >= p.batch) break;
+      info = SequenceInfo::load(p, min(base + lane, p.batch - 1));
+    }
+    enter_sequence(p, own);
+    head_row = min(head_row, p.num_kv_heads * p.row_blocks - 1);
+    head = head_row / p.row_blocks, row_block = head_row % p.row_blocks;
+    block = max(0, min(at - own.begin, blocks - 1));
+  }
+
+  __device__ void advance(const AttentionParams& p, int count) {
+    block += count;
+    if (block < blocks) return;
+    block = 0;
+    if (++seq == p.batch) {
+      seq = 0;
+      if (++row_block == p.row_blocks) row_block = 0, head = min(head + 1, p.num_kv_heads - 1);
+    }
+    if (p.batch > 1) enter_sequence(p, SequenceInfo(next));
+  }
+
+  // Blocks of the unit here: up to the end of the item and of the worker's range.
+  template <class S>
+  __device__ int unit_blocks(int left) const {
+    return min(min(S::kUnitBlocks, blocks - block), left);
+  }
+};
+
+// Loads one warp's slice of each unit. An ordinary load returns after the asynchronous copies that were
+// issued before it, however near its data is; so what the next unit needs (its pages, the next sequence) is
+// asked for before the copies of this one, and queries and weights are copied with their unit.
 template <class S>
 struct UnitLoader {
-  using T = typename S::T;
-  UnitCursor at;
+  using C = typename S::C;
+  BlockCursor at;
+  int left;              // blocks
+  bool new_item = true;  // the unit is the first of its item, or of the worker
   int page, offset_in_page;
 
-  __device__ void look_up(const FusedAttentionParams& p) {
-    const int token = threadIdx.x / 32 * 16 + threadIdx.x % 16;
-    const int position = (at.first_block + at.block) * kBlockTokens + token;
-    const bool inside =
-        position < at.length && position >= first_visible(at.length, p.num_query_tokens, p.window);
-    const unsigned page_size = p.cache.page_size;
-    offset_in_page = unsigned(position) % page_size;
+  __device__ UnitLoader(const AttentionParams& p, const BlockCursor& start, int blocks)
+      : at(start), left(blocks) {
+    look_up(p);
+  }
+
+  // Issues the copies of the unit here and moves to the next.
+  __device__ __forceinline__ void load_unit(const AttentionParams& p, char* stage, uint8_t* visible) {
+    const UnitLoader unit = *this;
+    const uint32_t mask = __ballot_sync(~0u, index_is_inside(page, p.cache.num_pages));
+    const int count = at.unit_blocks<S>(left);
+    left -= count;
+    if (left > 0) {
+      at.advance(p, count);
+      new_item = at.block == 0;
+      look_up(p);
+    }
+    unit.issue(p, stage, visible, mask);
+  }
+
+ private:
+  __device__ void look_up(const AttentionParams& p) {
+    const int token = threadIdx.x / 32 * S::kSliceTokens + threadIdx.x % S::kSliceTokens;
+    const unsigned position = at.start() + token, page_size = p.cache.page_size;
+    const bool inside = token < at.unit_blocks<S>(left) * kBlockTokens && position < unsigned(at.length) &&
+                        position >= unsigned(at.first);
+    const unsigned entry = p.page_shift >= 0 ? position >> p.page_shift : position / page_size;
+    offset_in_page = position - entry * page_size;
     page = -1;
-    if (inside) page = p.block_table[at.seq * p.block_table_stride + unsigned(position) / page_size];
+    if (inside) page = p.block_table[at.seq * p.block_table_stride + entry];
   }
 
-  __device__ void issue(const FusedAttentionParams& p, char* stage, uint32_t (&visible)[kAttentionWarps],
-                        int row_blocks) {
+  __device__ __forceinline__ void issue(const AttentionParams& p, char* stage, uint8_t* visible,
+                                        uint32_t mask) const {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int64_t head = at.head_row / row_blocks;
-    const bool inside = index_is_inside(page, p.cache.num_pages);
-    const uint32_t mask = __ballot_sync(~0u, inside);
-    if (lane == 0) visible[warp] = mask & 0xffffu;
-    const int64_t row_page = inside ? page : 0, row_offset = inside ? offset_in_page : 0;
-    copy_rows(p.k_sources, S::kKeySources, row_page, row_offset, head, mask, stage);
-    copy_rows(p.v_sources, S::kValueSources, row_page, row_offset, head, mask,
-              stage + S::kKeySources * S::kPlaneBytes);
+    const int64_t head = at.head;
+    if (lane == 0) {
+      if constexpr (S::kSliceTokens == 32) reinterpret_cast<uint32_t*>(visible)[warp] = mask;
+      if constexpr (S::kSliceTokens == 16) reinterpret_cast<uint16_t*>(visible)[warp] = mask;
+      if constexpr (S::kSliceTokens == 8) visible[warp] = mask;
+    }
+    if (new_item) copy_item(p, stage);
+    if (p.cache.page_size % S::kSliceTokens == 0) {
+      // The slice lies in one page: its rows are at equal distances. Take the page from a token that has one.
+      const int token = mask == 0 ? 0 : __ffs(mask) - 1;
+      const int64_t row_page = mask == 0 ? 0 : __shfl_sync(~0u, page, token);
+      const int64_t offset = mask == 0 ? 0 : __shfl_sync(~0u, offset_in_page, token) - token;
+      copy_slice(p.k_sources, p.num_k_sources, row_page, offset, head, mask, stage);
+      copy_slice(p.v_sources, p.num_v_sources, row_page, offset, head, mask,
+                 stage + S::kSources * S::kPlaneBytes);
+    } else {
+      copy_rows(p.k_sources, p.num_k_sources, head, mask, stage);
+      copy_rows(p.v_sources, p.num_v_sources, head, mask, stage + S::kSources * S::kPlaneBytes);
+    }
   }
 
-  __device__ __forceinline__ void copy_rows(const PagedCache (&sources)[2], int count, int64_t row_page,
-                                            int64_t row_offset, int64_t head, uint32_t mask, char* planes) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  static constexpr int kRowsAtOnce = 32 / S::kRowChunks, kCopies = S::kSliceTokens / kRowsAtOnce;
+
+  // Shared address of this lane's chunk of its i-th row; `own` is that of its first.
+  static __device__ __forceinline__ uint32_t destination(uint32_t own, int i) {
+    return (own ^ row_swizzle<S::kRowChunks>(i * kRowsAtOnce) * 16) + i * kRowsAtOnce * S::kRowBytes;
+  }
+  static __device__ __forceinline__ uint32_t first_destination(const char* planes) {
+    const int row = threadIdx.x / 32 * S::kSliceTokens + threadIdx.x % 32 / S::kRowChunks;
+    return smem_address(planes + swizzled<S::kRowChunks>(row, threadIdx.x % S::kRowChunks));
+  }
+  static __device__ __forceinline__ void copy_chunk(uint32_t to, const C* from, bool valid) {
+    cp_async_16 < S::kRowBytes<128 ? 256 : 128>(to, from, valid);
+  }
+
+  __device__ __forceinline__ void copy_slice(const PagedCache (&sources)[2], int count, int64_t row_page,
+                                             int64_t offset, int64_t head, uint32_t mask,
+                                             char* planes) const {
+    const int row = threadIdx.x % 32 / S::kRowChunks, chunk = threadIdx.x % S::kRowChunks;
     const PagedCache& layout = sources[0];  // sources of one side share their strides
-    const int64_t own = row_page * layout.page_stride + row_offset * layout.token_stride;
-    const int chunk = lane % S::kChunks;
-    constexpr int kRowsAtOnce = 32 / S::kChunks;
+    const int64_t from = row_page * layout.page_stride + (offset + row) * layout.token_stride +
+                         head * layout.head_stride + chunk * (16 / sizeof(C));
+    const uint32_t to = first_destination(planes);
 #pragma unroll
-    for (int i = 0; i < 16 / kRowsAtOnce; ++i) {
-      const int row = i * kRowsAtOnce + lane / S::kChunks;
-      const int64_t from = __shfl_sync(~0u, own, row) + head * layout.head_stride + chunk * 8;
-      const bool valid = mask >> row & 1;
-      const int to = swizzled<S::D>(warp * 16 + row, chunk);
+    for (int s = 0; s < S::kSources; ++s) {
+      if (s > 0 && count == 1) break;
+      const C* source = static_cast<const C*>(sources[s].data) + from;
 #pragma unroll
-      for (int s = 0; s < 2; ++s) {
-        if (s < count) {
-          cp_async_16(smem_address(planes + s * S::kPlaneBytes + to),
-                      static_cast<const T*>(sources[s].data) + from, valid);
-        }
+      for (int i = 0; i < kCopies; ++i) {
+        copy_chunk(destination(to, i) + s * S::kPlaneBytes, source, mask >> (row + i * kRowsAtOnce) & 1);
+        source += kRowsAtOnce * layout.token_stride;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void copy_rows(const PagedCache (&sources)[2], int count, int64_t head,
+                                            uint32_t mask, char* planes) const {
+    const int lane = threadIdx.x % 32;
+    const PagedCache& layout = sources[0];
+    const bool inside = mask >> lane % S::kSliceTokens & 1;
+    const int64_t own = inside ? page * layout.page_stride + offset_in_page * layout.token_stride : 0;
+    const uint32_t to = first_destination(planes);
+#pragma unroll 1
+    for (int i = 0; i < kCopies; ++i) {
+      const int row = i * kRowsAtOnce + lane / S::kRowChunks;
+      const int64_t from = __shfl_sync(~0u, own, row) + head * layout.head_stride +
+                           threadIdx.x % S::kRowChunks * (16 / sizeof(C));
+#pragma unroll 1
+      for (int s = 0; s < count; ++s) {
+        copy_chunk(destination(to, i) + s * S::kPlaneBytes, static_cast<const C*>(sources[s].data) + from,
+                   mask >> row & 1);
+      }
+    }
+  }
+
+  // Query rows in the order token * G + head, and weights.
+  __device__ __forceinline__ void copy_item(const AttentionParams& p, char* stage) const {
+    const int group = p.group, rows = group * p.num_query_tokens;
+    const int head = at.head, first_row = at.row_block * S::kRows;
+    constexpr int kChunks = S::D / 8;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < S::kRows * kChunks; i += S::kThreads) {
+      const int local = i / kChunks, chunk = i % kChunks, row = first_row + local;
+      const bool valid = row < rows;
+      const int64_t from = at.seq * p.q_batch_stride + row / group * p.q_token_stride +
+                           (head * group + row % group) * p.q_head_stride + chunk * 8;
+      cp_async_16(smem_address(stage + S::kQueryOffset + swizzled<kChunks>(local, chunk)),
+                  static_cast<const typename S::T*>(p.q) + (valid ? from : 0), valid);
+    }
+    constexpr int kSide = S::kSources * S::D / 4;  // 16-byte chunks of the weights of one side
+#pragma unroll 1
+    for (int i = threadIdx.x; i < 2 * kSide; i += S::kThreads) {
+      const bool values = i >= kSide;
+      const int s = i % kSide / (S::D / 4), chunk = i % (S::D / 4);
+      const float* const weights = values ? p.value_weights : p.key_weights;
+      if (weights && s < (values ? p.num_v_sources : p.num_k_sources)) {
+        cp_async_16(smem_address(stage + S::kWeightOffset + i * 16),
+                    weights + (s * p.num_kv_heads + head) * S::D + chunk * 4, true);
       }
     }
   }
@@ -151,42 +298,22 @@ __device__ __forceinline__ void wait_for_oldest(int stages) {
   }
 }
 
+// Meets the other warps of this warp's team.
 template <class S>
-__device__ __forceinline__ void team_barrier(int team) {
-  if constexpr (S::kRowTiles == 1) {
+__device__ __forceinline__ void team_barrier() {
+  if constexpr (S::kTeamWarps == 1) {
     __syncwarp();
   } else if constexpr (S::kTeams == 1) {
     __syncthreads();
-  } else if (team == 0) {  // constant numbers: with a variable one the kernel would claim all 16 barriers
-    asm volatile("bar.sync 1, %0;" ::"n"(32 * S::kRowTiles) : "memory");
   } else {
-    asm volatile("bar.sync 2, %0;" ::"n"(32 * S::kRowTiles) : "memory");
-  }
-}
-
-// Puts a_s * q of one item into shared memory, rows token * G + head, rounded once.
-template <class S>
-__device__ void load_query(const FusedAttentionParams& p, const UnitCursor& at, int row_blocks, char* query) {
-  using T = typename S::T;
-  const int group = p.num_q_heads / p.num_kv_heads, rows = group * p.num_query_tokens;
-  const int head = at.head_row / row_blocks, first_row = at.head_row % row_blocks * S::kRows;
-  for (int i = threadIdx.x; i < S::kRows * S::kChunks; i += kAttentionThreads) {
-    const int local = i / S::kChunks, chunk = i % S::kChunks, row = first_row + local;
-    Vec8 q = {};
-    if (row < rows) {
-      q = Vec8::load(static_cast<const T*>(p.q) + at.seq * p.q_batch_stride + row / group * p.q_token_stride +
-                     (head * group + row % group) * p.q_head_stride + chunk * 8);
-    }
-#pragma unroll
-    for (int s = 0; s < S::kKeySources; ++s) {
-      Vec8 scaled = q;
-      if (p.key_weights) {
-        const Vec8 a = Vec8::load(p.key_weights + (s * p.num_kv_heads + head) * S::D + chunk * 8);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) scaled.x[j] *= a.x[j];
-      }
-      scaled.store(reinterpret_cast<T*>(query + s * S::kRows * S::D * 2 + swizzled<S::D>(local, chunk)));
-    }
+    // Constant numbers: with a variable one the kernel would claim all 16 barriers.
+    const int team = threadIdx.x / 32 / S::kTeamWarps;
+    static_assert(S::kTeams <= 4);
+    constexpr int threads = 32 * S::kTeamWarps;
+    if (team == 0) asm volatile("bar.sync 1, %0;" ::"n"(threads) : "memory");
+    if (team == 1) asm volatile("bar.sync 2, %0;" ::"n"(threads) : "memory");
+    if (S::kTeams > 2 && team == 2) asm volatile("bar.sync 3, %0;" ::"n"(threads) : "memory");
+    if (S::kTeams > 2 && team == 3) asm volatile("bar.sync 4, %0;" ::"n"(threads) : "memory");
   }
 }
 

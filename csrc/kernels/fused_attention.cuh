@@ -2,108 +2,114 @@
 //
 // scores = sum_s (a_s * q) K_s^T and out = sum_s b_s * (P V_s): the second source costs its bytes, and
 // neither K_i nor V_i is ever formed. docs/kernels.md has the picture; in short:
-//  - A CTA is 4 warps and walks a contiguous range of work units (schedule.cuh). Each warp keeps loading its
-//    own 16 of a unit's 64 tokens, a few units ahead, with 16-byte cp.async, which serve any page size.
-//  - The query rows of one key/value head (G heads x Q tokens) are packed into kRowTiles tiles of 16 rows.
-//    kRowTiles warps form a team: one row tile each, over the team's 16 * kRowTiles tokens. A team keeps its
+//  - One CTA an SM walks a contiguous range of token blocks (schedule.cuh), a unit at a time. Each warp keeps
+//    loading its own slice of each unit, a few units ahead, with 16-byte cp.async, which serve any page size.
+//  - The query rows of one key/value head (G heads x Q tokens) fill the columns of the tensor-core tile, 8 or
+//  16
+//    a warp; up to 64 rows are shared out to a team of warps, each over the team's tokens. A team keeps its
 //    own softmax state and meets nobody until its item ends, so the main loop has one barrier per unit among
 //    the warps of a team, and none for up to 16 rows.
 #pragma once
+
+#include <bit>
 
 #include "attention_state.cuh"
 
 namespace fusedkv {
 
+// Orders this thread's memory accesses, and those it has seen, for the whole device. __threadfence() is
+// sequentially consistent, which nobody here needs.
+__device__ __forceinline__ void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
 template <class S>
-__global__ void __launch_bounds__(kAttentionThreads)
-    fused_attention_kernel(const __grid_constant__ FusedAttentionParams p, int stages) {
-  extern __shared__ __align__(128) char shared[];
-  __shared__ AttentionControl control;
-  char* const query = shared + stages * S::kStageBytes;
+__global__ void __launch_bounds__(S::kThreads, 1)
+    fused_attention_kernel(const __grid_constant__ AttentionParams p) {
+  extern __shared__ __align__(kRingAlignment) char ring[];
+  __shared__ AttentionControl<S> control;
 
-  const int row_blocks = num_row_blocks(p.num_q_heads, p.num_kv_heads, p.num_query_tokens);
-  const int head_rows = p.num_kv_heads * row_blocks;
-  const WorkSplit split(int64_t(p.schedule[p.batch]) * head_rows, gridDim.x);
-  if (blockIdx.x >= split.workers) return;
-  const int64_t begin = split.begin(blockIdx.x), end = split.begin(blockIdx.x + 1);
+  // The first loads of all that is needed to find the first block, together.
+  const SequenceInfo first_sequences = SequenceInfo::load(p, min(int(threadIdx.x % 32), p.batch - 1));
+  const int head_rows = p.num_kv_heads * p.row_blocks, stages = p.stages;
+  const WorkSplit split(p.schedule[p.batch], head_rows, gridDim.x);
+  if (blockIdx.x >= split.workers() || split.blocks == 0) return;
+  const int begin = split.begin(blockIdx.x), end = split.end(blockIdx.x);
 
-  UnitCursor at;
-  at.seek(p, begin, head_rows);
-  UnitLoader<S> loader;
-  loader.at = at;
-  loader.look_up(p);
-  int64_t loaded = begin;
-  int load_stage = 0;
-  const auto load_next = [&] {
-    if (loaded < end) {
-      loader.issue(p, shared + load_stage * S::kStageBytes, control.visible[load_stage], row_blocks);
-      load_stage = load_stage + 1 == stages ? 0 : load_stage + 1;
-      if (++loaded < end) {
-        loader.at.advance(p, head_rows);
-        loader.look_up(p);
-      }
-    }
-    cp_async_commit();  // empty groups keep the count of groups equal to the count of units
-  };
-  for (int i = 0; i < stages - 1; ++i) load_next();
+  BlockCursor at;
+  at.seek(p, begin / split.blocks, begin % split.blocks, first_sequences);
+  UnitLoader<S> loader(p, at, end - begin);
+  if (threadIdx.x < 2) control.shared_items[threadIdx.x].is_last = false;
 
-  const int team = threadIdx.x / 32 / S::kRowTiles;
   AttentionState<S> state;
   bool new_item = true;
-  int read_stage = 0;
-  for (int64_t unit = begin; unit < end; ++unit) {
-    if (new_item) {
-      __syncthreads();  // the last item's query rows and scratch are no longer read
-      load_query<S>(p, at, row_blocks, query);
-      state.reset();
+  int load_stage = 0, read_stage = 0, now = begin;
+  for (int step = stages > 1 ? 1 - stages : 0; now < end; ++step) {  // below 0 it only loads
+    const bool reads = step >= 0;
+    if (stages == 1) {
       __syncthreads();
+    } else if (reads) {
+      wait_for_oldest(stages);
+      // A new item: all have loaded their share of the queries, and left the stage where the teams met.
+      new_item ? __syncthreads() : team_barrier<S>();
+    }
+    // Into the stage of the unit before, which the team has left. This is the only place that loads, because
+    // instructions are fetched from memory too: a copy of this code costs a short kernel a microsecond.
+    if (loader.left > 0) {
+      loader.load_unit(p, ring + load_stage * S::kStageBytes, control.visible[load_stage]);
+      load_stage = load_stage + 1 == stages ? 0 : load_stage + 1;
+    }
+    cp_async_commit();  // empty groups keep the count of groups equal to the count of units
+    if (!reads) continue;
+    if (stages == 1) {
+      cp_async_wait<0>();
+      __syncthreads();
+    }
+    char* const stage = ring + read_stage * S::kStageBytes;
+    if (new_item) {
+      state.start(p, control, stage);
+      __syncthreads();  // all have read the queries before somebody's next load overwrites them
       new_item = false;
     }
-    if (stages == 1) {
-      team_barrier<S>(team);
-      load_next();
-    }
-    wait_for_oldest(stages);
-    team_barrier<S>(team);
-    if (stages > 1) load_next();  // into the stage of the unit before, which the team has left
-    char* const stage = shared + read_stage * S::kStageBytes;
-    state.add_unit(p, at, row_blocks, query, stage, control.visible[read_stage]);
+    state.add_unit(p, at, stage, control.visible[read_stage]);
     read_stage = read_stage + 1 == stages ? 0 : read_stage + 1;
 
-    const bool ends = at.block + 1 == at.blocks;
-    if (ends || unit + 1 == end) {
-      const int64_t item_begin = max(int64_t(0), unit - at.block);
-      const int64_t item_end = min(split.total, unit - at.block + at.blocks);
+    const int count = at.template unit_blocks<S>(end - now);
+    if (at.block + count == at.blocks || now + count == end) {
+      const int origin = split.origin(blockIdx.x);
+      const int item_begin = max(origin, now - at.block), item_end = item_begin + at.blocks;
+      __syncthreads();  // all teams have left the stage
+      state.finish(control, stage);
+      __syncthreads();
+      // A worker has at most two partial results: of the item it begins in, and of the one it ends in.
       const bool whole = item_begin >= begin && item_end <= end;
-      __syncthreads();  // all teams have left the stage that finish() uses as scratch
-      state.finish(p, at, row_blocks, control, stage);
-      if (whole) {
-        write_rows<S>(p, at, row_blocks, state, nullptr);
-      } else {
-        // A worker has at most two partial results: of the item it begins with, and of the one it ends with.
-        float* const workspace = static_cast<float*>(p.workspace);
-        constexpr int64_t kPairFloats = 2 * S::kPartialFloats;
-        const int64_t first = split.owner(item_begin), last = split.owner(item_end - 1);
-        write_rows<S>(p, at, row_blocks, state,
-                      workspace + blockIdx.x * kPairFloats + (item_begin >= begin ? S::kPartialFloats : 0));
-        __threadfence();
+      const int which = item_begin >= begin;
+      float* const partial = static_cast<float*>(p.workspace) + (blockIdx.x * 2 + which) * S::kPartialFloats;
+      combine<S>(reinterpret_cast<const float*>(stage), S::kTeams, S::kPartialFloats, 0,
+                 item_rows<S>(p, at.row_block), whole ? nullptr : partial,
+                 item_output<S>(p, at.seq, at.head, at.row_block));
+      if (!whole) {
         __syncthreads();
-        int* const counter = p.schedule + p.batch + 1 + int64_t(at.seq) * head_rows + at.head_row;
         if (threadIdx.x == 0) {
-          control.is_last = atomicAdd(counter, 1) == last - first;
-          if (control.is_last) *counter = 0;
-          __threadfence();
-        }
-        __syncthreads();
-        if (control.is_last) {
-          merge_partials<S>(p, at, row_blocks, workspace + first * kPairFloats + S::kPartialFloats,
-                            workspace + (first + 1) * kPairFloats, kPairFloats,
-                            static_cast<int>(last - first) + 1);
+          const int first = split.range_of(item_begin - origin);
+          const int others = min(split.range_of(item_end - 1 - origin), split.ranges - 1) - first;
+          int* const counter =
+              p.schedule + p.batch + 1 + int64_t(at.seq) * head_rows + at.head * p.row_blocks + at.row_block;
+          fence_device();  // after the barrier, one thread's fence covers what all of them wrote
+          const bool is_last = atomicAdd(counter, 1) == others;
+          if (is_last) fence_device();
+          control.shared_items[which] = {
+              is_last,    at.seq,    at.head, at.row_block, first * split.step + int(blockIdx.x) % split.step,
+              split.step, others + 1};
+          if (is_last) *counter = 0;
         }
       }
       new_item = true;
     }
-    if (unit + 1 < end) at.advance(p, head_rows);
+    now += count;
+    if (now < end) at.advance(p, count);
+  }
+  __syncthreads();
+  for (const SharedItem& item : control.shared_items) {
+    if (item.is_last) merge_partials<S>(p, item, ring);
   }
 }
 
@@ -112,52 +118,43 @@ struct AttentionLaunch {
   size_t shared_bytes;
 };
 
-// Two CTAs an SM when three stages of both fit, since one CTA's merge then hides behind the other's loads;
-// else one CTA with all the memory there is.
+// One CTA an SM, with as many stages as its shared memory holds.
 template <class S>
 cudaError_t plan_attention_launch(AttentionLaunch& launch) {
-  int device, sms, per_sm, per_block, reserved;
+  int device, per_block;
   cudaError_t error = cudaGetDevice(&device);
   const auto read = [&](int& value, cudaDeviceAttr attribute) {
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, device);
   };
-  read(sms, cudaDevAttrMultiProcessorCount);
-  read(per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  read(launch.grid, cudaDevAttrMultiProcessorCount);
   read(per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  read(reserved, cudaDevAttrReservedSharedMemoryPerBlock);
   if (error != cudaSuccess) return error;
-  const int fixed = S::kQueryBytes + int(sizeof(AttentionControl)) + reserved;
-  const int half = (per_sm / 2 - fixed) / S::kStageBytes;
-  const int whole = (per_block + reserved - fixed) / S::kStageBytes;
-  const int ctas = half >= 3 ? 2 : 1;
-  launch.stages = min(kMaxStages, ctas == 2 ? half : whole);
+  launch.stages = min(kMaxStages, (per_block - int(sizeof(AttentionControl<S>))) / S::kStageBytes);
   if (launch.stages < 1) return cudaErrorInvalidConfiguration;
-  launch.grid = sms * ctas;
-  launch.shared_bytes = launch.stages * S::kStageBytes + S::kQueryBytes;
+  launch.shared_bytes = launch.stages * S::kStageBytes;
   return cudaFuncSetAttribute(fused_attention_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                               static_cast<int>(launch.shared_bytes));
 }
 
 // Calls f with the shape that fits the number of sources and of query rows.
-template <class T, int D, class F>
+template <class T, class C, int D, class F>
 auto dispatch_attention_shape(const FusedAttentionParams& params, F&& f) {
   const int rows = params.num_q_heads / params.num_kv_heads * params.num_query_tokens;
-  const auto with_rows = [&]<int kKeySources, int kValueSources>() {
-    if (rows <= 16) return f(AttentionShape<T, D, kKeySources, kValueSources, 1>{});
-    if (rows <= 32) return f(AttentionShape<T, D, kKeySources, kValueSources, 2>{});
-    return f(AttentionShape<T, D, kKeySources, kValueSources, 4>{});
+  const auto with_rows = [&]<int kSources>() {
+    if (rows <= 8) return f(AttentionShape<T, C, D, kSources, 1, 1>{});
+    // Two tiles with two wide sources are more than a warp's registers: more warps share the rows.
+    constexpr bool kWide = kSources == 2 && D == 128 && sizeof(C) == 2;
+    if (rows <= 16) return f(AttentionShape<T, C, D, kSources, kWide ? 1 : 2, kWide ? 2 : 1>{});
+    if (rows <= 32) return f(AttentionShape<T, C, D, kSources, kWide ? 1 : 2, kWide ? 4 : 2>{});
+    return f(AttentionShape<T, C, D, kSources, 2, 4>{});
   };
-  if (params.num_k_sources == 1) {
-    return params.num_v_sources == 1 ? with_rows.template operator()<1, 1>()
-                                     : with_rows.template operator()<1, 2>();
-  }
-  return params.num_v_sources == 1 ? with_rows.template operator()<2, 1>()
-                                   : with_rows.template operator()<2, 2>();
+  if (params.num_k_sources == 1 && params.num_v_sources == 1) return with_rows.template operator()<1>();
+  return with_rows.template operator()<2>();
 }
 
-template <class T, int D>
+template <class T, class C, int D>
 size_t attention_workspace_bytes(const FusedAttentionParams& params) {
-  return dispatch_attention_shape<T, D>(params, [](auto shape) -> size_t {
+  return dispatch_attention_shape<T, C, D>(params, [](auto shape) -> size_t {
     using S = decltype(shape);
     AttentionLaunch launch;
     if (plan_attention_launch<S>(launch) != cudaSuccess) return 0;
@@ -165,15 +162,23 @@ size_t attention_workspace_bytes(const FusedAttentionParams& params) {
   });
 }
 
-template <class T, int D>
+template <class T, class C, int D>
 cudaError_t launch_attention(const FusedAttentionParams& params, cudaStream_t stream) {
-  return dispatch_attention_shape<T, D>(params, [&](auto shape) {
+  return dispatch_attention_shape<T, C, D>(params, [&](auto shape) {
     using S = decltype(shape);
     AttentionLaunch launch;
     const cudaError_t error = plan_attention_launch<S>(launch);
     if (error != cudaSuccess) return error;
-    fused_attention_kernel<S>
-        <<<launch.grid, kAttentionThreads, launch.shared_bytes, stream>>>(params, launch.stages);
+    const int group = params.num_q_heads / params.num_kv_heads, page_size = params.cache.page_size;
+    const bool shifts = std::has_single_bit(static_cast<unsigned>(page_size));
+    const AttentionParams p{
+        params,
+        group,
+        num_row_blocks(params.num_q_heads, params.num_kv_heads, params.num_query_tokens),
+        shifts ? std::countr_zero(static_cast<unsigned>(page_size)) : -1,
+        launch.stages,
+    };
+    fused_attention_kernel<S><<<launch.grid, S::kThreads, launch.shared_bytes, stream>>>(p);
     return cudaGetLastError();
   });
 }

@@ -36,10 +36,11 @@ struct WriteKvParams {
   const void* v;  // [T, Hkv, D]
   int64_t k_token_stride, k_head_stride, v_token_stride, v_head_stride;
   PagedCache k_cache, v_cache;
-  CacheGeometry cache;
+  PagedCache k_copy, v_copy;    // e4m3, both or neither (data == null); cache_dtype is then dtype
+  CacheGeometry cache;          // of caches and copies
   const int64_t* slot_mapping;  // [T]
-  const float* k_scale;         // [Hkv, D] or null: stored = saturate(k / k_scale)
-  const float* v_scale;         // [Hkv, D] or null
+  const float* k_scale;  // [Hkv, D] or null: stored = saturate(k / k_scale), in the copy where there is one
+  const float* v_scale;  // [Hkv, D] or null
 };
 
 // What the heads of a projection go through: RMSNorm over each q and k head, RoPE of q and k, the store of q
@@ -49,7 +50,8 @@ struct HeadOutputs {
   int num_q_heads, num_kv_heads, head_dim;  // num_kv_heads == 0: only q, no cache
   void* q_out;                              // [T, Hq, D] contiguous; null when num_q_heads == 0
   PagedCache k_cache, v_cache;
-  CacheGeometry cache;
+  PagedCache k_copy, v_copy;    // as in WriteKvParams
+  CacheGeometry cache;          // of caches and copies
   const int64_t* slot_mapping;  // [T]
   const void* positions;        // [T], int32 or int64
   bool positions_are_int64;
@@ -59,7 +61,7 @@ struct HeadOutputs {
   const void* k_norm;  // [D] of dtype, or null
   float eps;
   bool interleaved;      // pairs (2j, 2j+1) instead of (j, j + D/2)
-  const float* k_scale;  // [Hkv, D] or null
+  const float* k_scale;  // [Hkv, D] or null; as in WriteKvParams
   const float* v_scale;  // [Hkv, D] or null
 };
 

@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kProjectionThreads)
     const bool present = token < p.num_tokens;
     const int64_t position = present ? load_position(p.heads, token) : -1;
     positions[threadIdx.x] = position;
-    slots[threadIdx.x] = present ? load_slot(p.heads, token, position) : -1;
+    slots[threadIdx.x] = position >= 0 && p.heads.num_kv_heads > 0 ? p.heads.slot_mapping[token] : -1;
   }
 
   const int num_heads = p.heads.num_q_heads + 2 * p.heads.num_kv_heads;
@@ -186,24 +186,22 @@ __global__ void __launch_bounds__(kProjectionThreads)
   };
 #pragma unroll
   for (int h = 0; h < kCols / D; ++h) {
-    const int head = col0 / D + h;
-    if (head >= num_heads) break;
-    Vec8 bias_first{}, bias_second{};
+    if (col0 / D + h >= num_heads) break;
+    const HeadId head(p.heads, col0 / D + h);
+    const HeadNorm<T, D> norm(p.heads, head.kind, head_lane);
+    HeadPart<D> bias{};
     if (p.bias != nullptr) {
-      const T* bias = static_cast<const T*>(p.bias) + head * D;
-      bias_first = Vec8::load(bias + 8 * head_lane);
-      bias_second = Vec8::load(bias + D / 2 + 8 * head_lane);
+      bias = HeadPart<D>::load(static_cast<const T*>(p.bias) + col0 + h * D, head_lane);
     }
     for (int row = threadIdx.x / kLanes; row < kRows; row += kProjectionThreads / kLanes) {
       const int64_t token = row0 + row;
-      if (token >= p.num_tokens) break;
-      HeadPart<D> part{load8(row, h * D + 8 * head_lane), load8(row, h * D + D / 2 + 8 * head_lane)};
+      HeadPart<D> part{{load8(row, h * D + 8 * head_lane), load8(row, h * D + D / 2 + 8 * head_lane)}};
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        part.first.x[i] += bias_first.x[i];
-        part.second.x[i] += bias_second.x[i];
-      }
-      finish_head<T>(p.heads, part, token, head, positions[row], slots[row], head_lane);
+      for (int i = 0; i < 16; ++i) part[i] += bias[i];
+      const HeadAngles<D> angles(p.heads, head.kind, positions[row], head_lane);
+      const HeadStore<T, D> store(p.heads, head, token, slots[row], head_lane);
+      const float scale = norm_scale(p.heads, part, norm);
+      if (token < p.num_tokens) finish_head(p.heads, part, head.kind, scale, norm, angles, store);
     }
   }
 }

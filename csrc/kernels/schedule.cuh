@@ -1,14 +1,15 @@
 // How fused_attention splits its work.
 //
-// A work unit is one block of 64 tokens of one sequence, read for one key/value head and up to 64 query
-// rows. Units are ordered by sequence, then head, then row block, then token block; worker w of W takes the
-// units [total * w / W, total * (w + 1) / W). So every CTA reads the same number of bytes whatever the
-// lengths are, and the device finds its share from B + 1 cumulative counts. The units of one (sequence, head,
-// row block) are an item; an item that crosses workers leaves partial results, which the last worker to
-// arrive at the item's counter merges.
+// The work is in blocks of 64 tokens of one sequence, read for one key/value head and up to 64 query rows (a
+// row block). Each worker takes an equal range of them, so that every CTA reads the same number of bytes
+// whatever the lengths are, and the device finds its share from B + 1 cumulative counts. The blocks of one
+// (sequence, head, row block) are an item; an item that crosses workers leaves partial results, which the
+// last worker to arrive at the item's counter merges.
 #pragma once
 
 #include <cuda_runtime.h>
+
+#include <cstdint>
 
 #include "params.h"
 
@@ -27,14 +28,36 @@ __host__ __device__ inline int num_row_blocks(int num_q_heads, int num_kv_heads,
   return ceil_div(num_q_heads / num_kv_heads * num_query_tokens, kBlockRows);
 }
 
+// Which blocks a worker takes. Positions count blocks: head_row * blocks + block in the batch, head_row being
+// head * row blocks + row block. Where the heads fit the grid they go in step: one worker a head row reads a
+// range of the batch at the same time, because the heads of a token are neighbours in memory, which DRAM
+// reads together faster. Else all positions are split evenly. All in 32 bits, because divisions of 64 bits
+// take longer than a round trip to the L2; 2^31 blocks are a cache of 17 TB or more.
 struct WorkSplit {
-  int64_t total;
-  int64_t workers;  // never more than there are units, so that no worker between two others is idle
+  int blocks;                // of the batch, for one head row
+  int step;                  // head rows in step, 1 for none
+  int ranges, share, extra;  // the first `extra` ranges are one block longer than `share`
 
-  __device__ WorkSplit(int64_t total_units, int grid)
-      : total(total_units), workers(min(int64_t(grid), total)) {}
-  __device__ int64_t begin(int64_t worker) const { return total * worker / workers; }
-  __device__ int64_t owner(int64_t unit) const { return ((unit + 1) * workers - 1) / total; }
+  __device__ WorkSplit(int batch_blocks, int head_rows, int grid) {
+    blocks = max(0, min(batch_blocks, INT32_MAX / head_rows));
+    step = grid / head_rows * head_rows * 10 >= grid * 9 ? head_rows : 1;
+    const int length = step == 1 ? blocks * head_rows : blocks;
+    ranges =
+        max(1, min(grid / step, length));  // never more than blocks: no worker between two others is idle
+    share = length / ranges, extra = length - share * ranges;
+  }
+  __device__ int workers() const { return ranges * step; }
+  // The first position of the worker's head row; positions of ranges count from here.
+  __device__ int origin(int worker) const { return worker % step * blocks; }
+  __device__ int begin(int worker) const {
+    const int range = worker / step;
+    return origin(worker) + range * share + min(range, extra);
+  }
+  __device__ int end(int worker) const { return begin(worker + step); }
+  __device__ int range_of(int position) const {
+    const int longer = extra * (share + 1);
+    return position < longer ? position / (share + 1) : extra + (position - longer) / share;
+  }
 };
 
 }  // namespace fusedkv

@@ -27,6 +27,7 @@ inline constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
 
 inline constexpr std::array kHalf = {at::kHalf, at::kBFloat16};
 inline constexpr std::array kFloat = {at::kFloat};
+inline constexpr std::array kE4M3 = {at::kFloat8_e4m3fn};
 inline constexpr std::array kInt32 = {at::kInt};
 inline constexpr std::array kInt64 = {at::kLong};
 inline constexpr std::array kIndex = {at::kInt, at::kLong};
@@ -163,6 +164,19 @@ class Checker {
     aligned(name, cache);
   }
 
+  // e4m3 copies: both or none, of the caches' shape, beside caches that are not e4m3.
+  void copies(const at::Tensor& k_cache, const OptionalTensor& k_copy, const OptionalTensor& v_copy) const {
+    FUSEDKV_EXPECT(op, k_copy.has_value() == v_copy.has_value(), "k_copy, v_copy", "both or none of them",
+                   c10::str("only ", k_copy ? "k_copy" : "v_copy"));
+    if (!k_copy) return;
+    FUSEDKV_EXPECT(op, k_cache.scalar_type() != at::kFloat8_e4m3fn, "k_cache",
+                   "the dtype of the input beside copies", "float8_e4m3fn");
+    tensor("k_copy", *k_copy, kE4M3, k_cache.sizes());
+    tensor("v_copy", *v_copy, kE4M3, k_cache.sizes());
+    aligned("k_copy", *k_copy);
+    aligned("v_copy", *v_copy);
+  }
+
   void scale(Argument name, const OptionalTensor& scale, int64_t heads, int64_t d) const {
     if (!scale) return;
     tensor(name, *scale, kFloat, {heads, d});
@@ -204,7 +218,8 @@ class Checker {
   HeadOutputs head_outputs(const char* packed, int64_t num_heads, int64_t tokens, int64_t d,
                            const at::Tensor& like, const OptionalTensor& q_out, const OptionalTensor& k_cache,
                            const OptionalTensor& v_cache, const OptionalTensor& slot_mapping,
-                           const OptionalTensor& k_scale, const OptionalTensor& v_scale) const {
+                           const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+                           const OptionalTensor& k_copy, const OptionalTensor& v_copy) const {
     HeadOutputs heads{};
     heads.cache_dtype = kernel_dtype(like);
     heads.head_dim = static_cast<int>(d);
@@ -226,14 +241,21 @@ class Checker {
       tensor("slot_mapping", *slot_mapping, kInt64, {tokens});
       scale("k_scale", k_scale, num_kv, d);
       scale("v_scale", v_scale, num_kv, d);
+      copies(*k_cache, k_copy, v_copy);
       heads.cache_dtype = kernel_dtype(*k_cache);
       heads.num_kv_heads = static_cast<int>(num_kv);
       heads.k_cache = paged_cache(*k_cache);
       heads.v_cache = paged_cache(*v_cache);
+      if (k_copy) {
+        heads.k_copy = paged_cache(*k_copy);
+        heads.v_copy = paged_cache(*v_copy);
+      }
       heads.cache = cache_geometry(*k_cache);
       heads.slot_mapping = slot_mapping->const_data_ptr<int64_t>();
       heads.k_scale = data_or_null<float>(k_scale);
       heads.v_scale = data_or_null<float>(v_scale);
+    } else {
+      FUSEDKV_EXPECT(op, !k_copy && !v_copy, "k_copy, v_copy", "none without caches", "a copy");
     }
     FUSEDKV_EXPECT(op, num_heads == int64_t{heads.num_q_heads} + 2 * int64_t{heads.num_kv_heads}, packed,
                    c10::str(heads.num_q_heads, " (q_out) + 2 * ", heads.num_kv_heads,

@@ -23,8 +23,10 @@ at::Tensor fused_attention(const at::Tensor& q, at::TensorList k_sources, at::Te
   const at::Tensor& first = k_sources[0];
   FUSEDKV_EXPECT(check.op, first.dim() == 4, (Argument{"k_sources", 0}), "4 dimensions", first.dim());
   const int64_t num_kv_heads = first.size(2);
-  FUSEDKV_EXPECT(check.op, first.scalar_type() == q.scalar_type(), (Argument{"k_sources", 0}),
-                 "dtype " + dtype_name(q.scalar_type()) + ", that of q, on CUDA",
+  FUSEDKV_EXPECT(check.op,
+                 first.scalar_type() == q.scalar_type() || first.scalar_type() == at::kFloat8_e4m3fn,
+                 (Argument{"k_sources", 0}),
+                 "dtype " + dtype_name(q.scalar_type()) + ", that of q, or float8_e4m3fn on CUDA",
                  dtype_name(first.scalar_type()));
   const auto check_side = [&](const char* name, at::TensorList sources, const char* weights_name,
                               const OptionalTensor& weights) {

@@ -13,13 +13,14 @@ namespace fusedkv::ops {
 using OptionalTensor = std::optional<at::Tensor>;
 
 void write_kv(const at::Tensor& k, const at::Tensor& v, const at::Tensor& k_cache, const at::Tensor& v_cache,
-              const at::Tensor& slot_mapping, const OptionalTensor& k_scale, const OptionalTensor& v_scale);
+              const at::Tensor& slot_mapping, const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+              const OptionalTensor& k_copy, const OptionalTensor& v_copy);
 
 void rope_write_kv(const at::Tensor& qkv, const OptionalTensor& q_out, const OptionalTensor& k_cache,
                    const OptionalTensor& v_cache, const at::Tensor& positions, const at::Tensor& cos_sin,
                    const OptionalTensor& q_norm, const OptionalTensor& k_norm, double eps, bool interleaved,
                    const OptionalTensor& slot_mapping, const OptionalTensor& k_scale,
-                   const OptionalTensor& v_scale);
+                   const OptionalTensor& v_scale, const OptionalTensor& k_copy, const OptionalTensor& v_copy);
 
 at::Tensor rope_key_projection(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& positions,
                                const at::Tensor& cos_sin, const OptionalTensor& norm, double eps,
@@ -30,8 +31,8 @@ void rope_key_projection_write(const at::Tensor& x, const at::Tensor& weight, co
                                const at::Tensor& positions, const at::Tensor& cos_sin,
                                const at::Tensor& slot_mapping, const OptionalTensor& q_norm,
                                const OptionalTensor& k_norm, double eps, const OptionalTensor& bias,
-                               bool interleaved, const OptionalTensor& k_scale,
-                               const OptionalTensor& v_scale);
+                               bool interleaved, const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+                               const OptionalTensor& k_copy, const OptionalTensor& v_copy);
 
 std::tuple<at::Tensor, at::Tensor> fuse_kv(at::TensorList k_sources, at::TensorList v_sources,
                                            const at::Tensor& key_weights, const at::Tensor& value_weights);

@@ -70,15 +70,15 @@ void rope_key_projection_write(const at::Tensor& x, const at::Tensor& weight, co
                                const at::Tensor& positions, const at::Tensor& cos_sin,
                                const at::Tensor& slot_mapping, const OptionalTensor& q_norm,
                                const OptionalTensor& k_norm, double eps, const OptionalTensor& bias,
-                               bool interleaved, const OptionalTensor& k_scale,
-                               const OptionalTensor& v_scale) {
+                               bool interleaved, const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+                               const OptionalTensor& k_copy, const OptionalTensor& v_copy) {
   const Checker check("rope_key_projection_write", x);
   const int64_t d = check_inputs(check, x, weight, positions, cos_sin, bias);
   check.norm("q_norm", q_norm, d, x.scalar_type());
   check.norm("k_norm", k_norm, d, x.scalar_type());
   RopeKeyProjectionParams params{};
   params.heads = check.head_outputs("weight", weight.size(0) / d, x.size(0), d, x, q_out, k_cache, v_cache,
-                                    slot_mapping, k_scale, v_scale);
+                                    slot_mapping, k_scale, v_scale, k_copy, v_copy);
   fill_rope(params.heads, positions, cos_sin, q_norm, k_norm, eps, interleaved);
 
   const c10::cuda::CUDAGuard guard(x.device());

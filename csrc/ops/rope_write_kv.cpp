@@ -11,7 +11,8 @@ void rope_write_kv(const at::Tensor& qkv, const OptionalTensor& q_out, const Opt
                    const OptionalTensor& v_cache, const at::Tensor& positions, const at::Tensor& cos_sin,
                    const OptionalTensor& q_norm, const OptionalTensor& k_norm, double eps, bool interleaved,
                    const OptionalTensor& slot_mapping, const OptionalTensor& k_scale,
-                   const OptionalTensor& v_scale) {
+                   const OptionalTensor& v_scale, const OptionalTensor& k_copy,
+                   const OptionalTensor& v_copy) {
   const Checker check("rope_write_kv", qkv);
   check.tensor("qkv", qkv, kHalf, {kAny, kAny, kAny});
   const int64_t tokens = qkv.size(0), num_heads = qkv.size(1);
@@ -23,7 +24,7 @@ void rope_write_kv(const at::Tensor& qkv, const OptionalTensor& q_out, const Opt
                  c10::str("strides ", qkv.strides()));
   RopeWriteKvParams params{};
   params.heads = check.head_outputs("qkv", num_heads, tokens, d, qkv, q_out, k_cache, v_cache, slot_mapping,
-                                    k_scale, v_scale);
+                                    k_scale, v_scale, k_copy, v_copy);
   fill_rope(params.heads, positions, cos_sin, q_norm, k_norm, eps, interleaved);
 
   const c10::cuda::CUDAGuard guard(qkv.device());

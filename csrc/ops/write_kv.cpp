@@ -8,7 +8,8 @@
 namespace fusedkv::ops {
 
 void write_kv(const at::Tensor& k, const at::Tensor& v, const at::Tensor& k_cache, const at::Tensor& v_cache,
-              const at::Tensor& slot_mapping, const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
+              const at::Tensor& slot_mapping, const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+              const OptionalTensor& k_copy, const OptionalTensor& v_copy) {
   const Checker check("write_kv", k);
   check.tensor("k", k, kHalf, {kAny, kAny, kAny});
   const int64_t tokens = k.size(0), heads = k.size(1), d = k.size(2);
@@ -20,6 +21,7 @@ void write_kv(const at::Tensor& k, const at::Tensor& v, const at::Tensor& k_cach
   check.tensor("slot_mapping", slot_mapping, kInt64, {tokens});
   check.scale("k_scale", k_scale, heads, d);
   check.scale("v_scale", v_scale, heads, d);
+  check.copies(k_cache, k_copy, v_copy);
 
   const c10::cuda::CUDAGuard guard(k.device());
   const at::Tensor aligned_k = aligned_or_copy(k), aligned_v = aligned_or_copy(v);
@@ -37,6 +39,8 @@ void write_kv(const at::Tensor& k, const at::Tensor& v, const at::Tensor& k_cach
       .v_head_stride = aligned_v.stride(1),
       .k_cache = paged_cache(k_cache),
       .v_cache = paged_cache(v_cache),
+      .k_copy = k_copy ? paged_cache(*k_copy) : PagedCache{},
+      .v_copy = v_copy ? paged_cache(*v_copy) : PagedCache{},
       .cache = cache_geometry(k_cache),
       .slot_mapping = slot_mapping.const_data_ptr<int64_t>(),
       .k_scale = data_or_null<float>(k_scale),

@@ -11,11 +11,19 @@ __device__ __forceinline__ uint32_t smem_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// Copies 16 bytes from global to shared memory; writes zeros and reads nothing when `valid` is false.
+// Copies 16 bytes from global to shared memory; writes zeros and reads nothing when `valid` is false. The L2
+// fetches `fetch` bytes around them, which pays where the neighbours are read too.
+template <int fetch = 128>
 __device__ __forceinline__ void cp_async_16(uint32_t smem, const void* global, bool valid) {
+  static_assert(fetch == 128 || fetch == 256);
   const int bytes = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(smem), "l"(global), "r"(bytes)
-               : "memory");
+  if constexpr (fetch == 128) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(smem), "l"(global), "r"(bytes)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(smem), "l"(global), "r"(bytes)
+                 : "memory");
+  }
 }
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -39,6 +47,29 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t sme
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(smem)
                : "memory");
+}
+
+// The transpose of one 8x8 matrix of 16-bit elements that the warp holds, two neighbours of a row a lane.
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t x) {
+  uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
+// The e4m3 pairs in the low and in the high half of a register, as f16 pairs; exact.
+__device__ __forceinline__ void e4m3_to_f16(uint32_t x, uint32_t& low, uint32_t& high) {
+#if __CUDA_ARCH__ >= 890
+  asm("{.reg .b16 low, high; mov.b32 {low, high}, %2; cvt.rn.f16x2.e4m3x2 %0, low; cvt.rn.f16x2.e4m3x2 %1, "
+      "high;}"
+      : "=r"(low), "=r"(high)
+      : "r"(x));
+#else
+  const auto convert = [](uint32_t pair) {
+    const __half2_raw y = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3);
+    return y.x | uint32_t(y.y) << 16;
+  };
+  low = convert(x & 0xffffu), high = convert(x >> 16);
+#endif
 }
 
 // c[16x8] += a[16x16] * b[16x8], fp32 accumulation. Lane l holds rows l/4 and l/4 + 8 of a and c, and

@@ -10,133 +10,219 @@
 
 namespace fusedkv {
 
-// D / 16 neighbouring lanes share a head. Lane l holds channels 8l .. 8l+7 of its first half and the same of
-// its second: rotate-half pairs meet in one lane, interleaved pairs do too, and every access of the lane
-// group is contiguous.
+// D / 16 neighbouring lanes of a warp, a lane group, share a head. Lane l holds channels 8l .. 8l+7 of its
+// first half and the same of its second: rotate-half pairs meet in one lane, interleaved pairs do too, and
+// every access of the group is contiguous.
 template <int D>
 struct HeadPart {
   static constexpr int kLanes = D / 16;
-  Vec8 first, second;
+  Vec8 half[2];
+
+  __device__ __forceinline__ float& operator[](int i) { return half[i / 8].x[i % 8]; }
+
+  template <class C>
+  __device__ __forceinline__ static HeadPart load(const C* head, int lane) {
+    return {{Vec8::load(head + 8 * lane), Vec8::load(head + D / 2 + 8 * lane)}};
+  }
+
+  // at: this lane's channels.
+  template <class C>
+  __device__ __forceinline__ void store(C* at) const {
+    half[0].store(at);
+    half[1].store(at + D / 2);
+  }
 };
+
+// The same as it lies in memory: half the registers while it waits.
+template <class T, int D>
+struct RawPart {
+  uint4 half[2];
+
+  __device__ __forceinline__ static RawPart load(const T* head, int lane) {
+    const auto* chunks = reinterpret_cast<const uint4*>(head);
+    return {{chunks[lane], chunks[D / 16 + lane]}};
+  }
+  __device__ __forceinline__ HeadPart<D> unpack() const {
+    return {{Vec8::unpack<T>(half[0]), Vec8::unpack<T>(half[1])}};
+  }
+};
+
+enum class HeadKind { kQuery, kKey, kValue };
+
+// A head among those of a projection, which come in the order q, k, v. The index counts inside the kind.
+struct HeadId {
+  HeadKind kind;
+  int index;
+
+  __device__ __forceinline__ HeadId(const HeadOutputs& p, int head) {
+    const int kv = head - p.num_q_heads;
+    kind = kv < 0 ? HeadKind::kQuery : kv < p.num_kv_heads ? HeadKind::kKey : HeadKind::kValue;
+    index = kv < 0 ? head : kv < p.num_kv_heads ? kv : kv - p.num_kv_heads;
+  }
+};
+
+// The position of a token as it is given: nothing has waited for it, nothing has checked it.
+__device__ __forceinline__ int64_t raw_position(const HeadOutputs& p, int64_t token) {
+  return p.positions_are_int64 ? static_cast<const int64_t*>(p.positions)[token]
+                               : static_cast<const int*>(p.positions)[token];
+}
 
 // The position of a token, or -1 when it lies outside the cos/sin table.
 __device__ __forceinline__ int64_t load_position(const HeadOutputs& p, int64_t token) {
-  const int64_t position = p.positions_are_int64 ? static_cast<const int64_t*>(p.positions)[token]
-                                                 : static_cast<const int*>(p.positions)[token];
+  const int64_t position = raw_position(p, token);
   return index_is_inside(position, p.max_positions) ? position : -1;
 }
 
-// The cache slot of a token, or -1 for no write: a key without a position must not reach the cache.
-__device__ __forceinline__ int64_t load_slot(const HeadOutputs& p, int64_t token, int64_t position) {
-  if (p.num_kv_heads == 0) return -1;
-  const int64_t slot = p.slot_mapping[token];
-  return index_is_inside(slot, p.cache.num_pages * p.cache.page_size) && position >= 0 ? slot : -1;
-}
-
+// The norm's weights for the heads of one kind.
 template <class T, int D>
-__device__ __forceinline__ void rms_norm(HeadPart<D>& head, const T* weight, float eps, int lane) {
-  constexpr int kLanes = HeadPart<D>::kLanes;
-  float sum = 0.f;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) sum += head.first.x[i] * head.first.x[i] + head.second.x[i] * head.second.x[i];
-  // The mask names this lane group only, because other groups of the warp may be at a head without norm.
-  const uint32_t group = ((1u << kLanes) - 1) << (threadIdx.x % 32 - lane);
-#pragma unroll
-  for (int step = kLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(group, sum, step);
-  const float inverse = rsqrtf(sum / D + eps);
-  const Vec8 first = Vec8::load(weight + 8 * lane), second = Vec8::load(weight + D / 2 + 8 * lane);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    head.first.x[i] *= inverse * first.x[i];
-    head.second.x[i] *= inverse * second.x[i];
+struct HeadNorm {
+  bool is_given;
+  RawPart<T, D> weights;
+
+  __device__ __forceinline__ HeadNorm(const HeadOutputs& p, HeadKind kind, int lane) {
+    const void* norm = kind == HeadKind::kQuery ? p.q_norm : p.k_norm;
+    is_given = norm != nullptr && kind != HeadKind::kValue;
+    if (is_given) weights = RawPart<T, D>::load(static_cast<const T*>(norm), lane);
   }
-}
+};
 
-__device__ __forceinline__ void rotate_pair(float& a, float& b, float cos, float sin) {
-  const float rotated = a * cos - b * sin;
-  b = b * cos + a * sin;
-  a = rotated;
-}
-
-// row: the D floats of the position in the cos/sin table.
+// Over the channels of a head. Every lane of the warp must call this, except for those that have exited.
 template <int D>
-__device__ __forceinline__ void rotate(HeadPart<D>& head, const float* row, bool interleaved, int lane) {
-  // Interleaved, four of the lane's eight angles belong to each half of the head.
-  const int angle0 = interleaved ? 4 * lane : 8 * lane;
-  const int angle4 = interleaved ? D / 4 + 4 * lane : 8 * lane + 4;
-  const auto load_angles = [=](const float* p) -> Vec8 {
-    const float4 a = *reinterpret_cast<const float4*>(p + angle0);
-    const float4 b = *reinterpret_cast<const float4*>(p + angle4);
-    return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
-  };
-  const Vec8 cos = load_angles(row), sin = load_angles(row + D / 2);
-  float *first = head.first.x, *second = head.second.x;
+__device__ __forceinline__ float mean_of_squares(HeadPart<D>& head) {
+  float even = 0.f, odd = 0.f;
+#pragma unroll
+  for (int i = 0; i < 16; i += 2) even += head[i] * head[i], odd += head[i + 1] * head[i + 1];
+  float sum = even + odd;
+#pragma unroll
+  for (int step = HeadPart<D>::kLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  return sum / D;
+}
+
+// Calls f(i, a, b) for the lane's pairs i of channels a and b.
+template <class F>
+__device__ __forceinline__ void for_each_pair(bool interleaved, F&& f) {
   if (interleaved) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      rotate_pair(first[2 * i], first[2 * i + 1], cos.x[i], sin.x[i]);
-      rotate_pair(second[2 * i], second[2 * i + 1], cos.x[4 + i], sin.x[4 + i]);
-    }
+    for (int i = 0; i < 8; ++i) f(i, 2 * i, 2 * i + 1);
   } else {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) rotate_pair(first[i], second[i], cos.x[i], sin.x[i]);
+    for (int i = 0; i < 8; ++i) f(i, i, i + 8);
   }
 }
 
-template <class C, int D>
-__device__ __forceinline__ void store_head(const HeadPart<D>& head, void* data, int64_t offset, int lane) {
-  C* row = static_cast<C*>(data) + offset;
-  head.first.store(row + 8 * lane);
-  head.second.store(row + D / 2 + 8 * lane);
-}
+// The cosines and sines of the lane's pairs at one position; NaN without a position, and for values.
+template <int D>
+struct HeadAngles {
+  Vec8 cos, sin;
 
-// scale: the D floats of the head, or null.
-template <class T, int D>
-__device__ __forceinline__ void store_in_cache(HeadPart<D>& head, const PagedCache& cache, int64_t offset,
-                                               DType cache_dtype, const float* scale, int lane) {
-  if (scale != nullptr) {
-    const Vec8 first = Vec8::load(scale + 8 * lane), second = Vec8::load(scale + D / 2 + 8 * lane);
+  __device__ __forceinline__ HeadAngles(const HeadOutputs& p, HeadKind kind, int64_t position, int lane) {
+    if (position < 0 || kind == HeadKind::kValue) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      head.first.x[i] /= first.x[i];
-      head.second.x[i] /= second.x[i];
+      for (int i = 0; i < 8; ++i) cos.x[i] = sin.x[i] = NAN;
+      return;
     }
+    // Interleaved, four of the lane's eight angles belong to each half of the head.
+    const int angle0 = p.interleaved ? 4 * lane : 8 * lane;
+    const int angle4 = p.interleaved ? D / 4 + 4 * lane : 8 * lane + 4;
+    const auto load = [=](const float* row) -> Vec8 {
+      const float4 a = *reinterpret_cast<const float4*>(row + angle0);
+      const float4 b = *reinterpret_cast<const float4*>(row + angle4);
+      return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
+    };
+    const float* row = p.cos_sin + position * D;
+    cos = load(row), sin = load(row + D / 2);
   }
-  // A branch and not a template parameter: it is uniform, and halves the kernels to compile.
-  if (cache_dtype == DType::kE4M3) {
-    store_head<e4m3>(head, cache.data, offset, lane);
-  } else {
-    store_head<T>(head, cache.data, offset, lane);
+};
+
+// scale: of norm_scale.
+template <class T, int D>
+__device__ __forceinline__ void norm_and_rotate(HeadPart<D>& head, float scale, const HeadNorm<T, D>& norm,
+                                                const HeadAngles<D>& angles, bool interleaved) {
+  if (norm.is_given) {
+    HeadPart<D> weight = norm.weights.unpack();
+#pragma unroll
+    for (int i = 0; i < 16; ++i) head[i] *= scale * weight[i];
   }
+  for_each_pair(interleaved, [&](int i, int a, int b) {
+    const float x = head[a], y = head[b], cos = angles.cos.x[i], sin = angles.sin.x[i];
+    head[a] = x * cos - y * sin;
+    head[b] = x * sin + y * cos;
+  });
 }
 
-// head: index in the order q, k, v. position and slot: from load_position and load_slot.
+// Where a head goes; pointers are to this lane's channels.
 template <class T, int D>
-__device__ __forceinline__ void finish_head(const HeadOutputs& p, HeadPart<D>& part, int64_t token, int head,
-                                            int64_t position, int64_t slot, int lane) {
-  const int kv_head = head - p.num_q_heads;
-  const bool is_query = kv_head < 0, is_value = kv_head >= p.num_kv_heads;
-  if (!is_query && slot < 0) return;
-  if (!is_value) {
-    const T* norm = static_cast<const T*>(is_query ? p.q_norm : p.k_norm);
-    if (norm != nullptr) rms_norm(part, norm, p.eps, lane);
-    if (position >= 0) {
-      rotate(part, p.cos_sin + position * D, p.interleaved, lane);
+struct HeadStore {
+  char* to;                     // null: a key or value that is not stored
+  char* full;                   // the cache of which `to` is the e4m3 copy, or null
+  const float* scale;           // or null for ones
+  int64_t stride, full_stride;  // bytes from one head to the next, 0 beside a null pointer
+  bool is_e4m3;                 // `to`
+
+  // slot: of the token, or -1; only keys and values use it.
+  __device__ __forceinline__ HeadStore(const HeadOutputs& p, HeadId head, int64_t token, int64_t slot,
+                                       int lane)
+      : to(nullptr), full(nullptr), scale(nullptr), stride(0), full_stride(0), is_e4m3(false) {
+    if (head.kind == HeadKind::kQuery) {
+      stride = D * sizeof(T);
+      to = static_cast<char*>(p.q_out) + ((token * p.num_q_heads + head.index) * D + 8 * lane) * sizeof(T);
+      return;
+    }
+    const CacheRow row(p.cache, slot);
+    if (!row.is_inside()) return;
+    const bool is_value = head.kind == HeadKind::kValue;
+    const auto place = [&](const PagedCache& cache, int element, char*& at, int64_t& head_stride) {
+      const int64_t offset = row.elements(cache) + head.index * cache.head_stride + 8 * lane;
+      at = static_cast<char*>(cache.data) + offset * element;
+      head_stride = cache.head_stride * element;
+    };
+    is_e4m3 = p.cache_dtype == DType::kE4M3;
+    place(is_value ? p.v_cache : p.k_cache, is_e4m3 ? 1 : sizeof(T), to, stride);
+    if (p.k_copy.data != nullptr) {
+      full = to, full_stride = stride, is_e4m3 = true;
+      place(is_value ? p.v_copy : p.k_copy, 1, to, stride);
+    }
+    scale = is_value ? p.v_scale : p.k_scale;
+    if (scale != nullptr) scale += head.index * D + 8 * lane;
+  }
+
+  __device__ __forceinline__ void next_head() {
+    to += stride, full += full_stride;
+    if (scale != nullptr) scale += D;
+  }
+
+  __device__ __forceinline__ void store(HeadPart<D>& part) const {
+    if (full != nullptr) part.store(reinterpret_cast<T*>(full));
+    if (scale != nullptr) {
+      part.half[0].divide_by(Vec8::load(scale));
+      part.half[1].divide_by(Vec8::load(scale + D / 2));
+    }
+    // A branch and not a template parameter: it is uniform, and halves the kernels to compile.
+    if (is_e4m3) {
+      part.store(reinterpret_cast<e4m3*>(to));
     } else {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) part.first.x[i] = part.second.x[i] = NAN;
+      part.store(reinterpret_cast<T*>(to));
     }
   }
-  if (is_query) {
-    store_head<T>(part, p.q_out, (token * p.num_q_heads + head) * D, lane);
-  } else if (is_value) {
-    const int h = kv_head - p.num_kv_heads;
-    store_in_cache<T>(part, p.v_cache, slot_offset(p.v_cache, p.cache.page_size, slot, h), p.cache_dtype,
-                      p.v_scale == nullptr ? nullptr : p.v_scale + h * D, lane);
-  } else {
-    store_in_cache<T>(part, p.k_cache, slot_offset(p.k_cache, p.cache.page_size, slot, kv_head),
-                      p.cache_dtype, p.k_scale == nullptr ? nullptr : p.k_scale + kv_head * D, lane);
-  }
+};
+
+// What the norm multiplies a head by, apart from its weights. Every lane of the warp must call this, except
+// for those that have exited.
+template <class T, int D>
+__device__ __forceinline__ float norm_scale(const HeadOutputs& p, HeadPart<D> part,
+                                            const HeadNorm<T, D>& norm) {
+  const float mean = mean_of_squares(part);
+  return norm.is_given ? rsqrtf(mean + p.eps) : 1.f;
+}
+
+// Norm, rotation and store of one head.
+template <class T, int D>
+__device__ __forceinline__ void finish_head(const HeadOutputs& p, HeadPart<D>& part, HeadKind kind,
+                                            float scale, const HeadNorm<T, D>& norm,
+                                            const HeadAngles<D>& angles, const HeadStore<T, D>& store) {
+  if (store.to == nullptr) return;
+  if (kind != HeadKind::kValue) norm_and_rotate(part, scale, norm, angles, p.interleaved);
+  store.store(part);
 }
 
 }  // namespace fusedkv

@@ -19,11 +19,11 @@ struct RowTiling {
   unsigned column_blocks;
 };
 
-inline RowTiling row_tiling(int num_heads, int head_dim) {
+inline RowTiling row_tiling(int num_heads, int head_dim, int max_threads = kRowThreads) {
   const unsigned columns = num_heads * head_dim / 8;
-  const unsigned column_blocks = (columns + kRowThreads - 1) / kRowThreads;
+  const unsigned column_blocks = (columns + max_threads - 1) / max_threads;
   const unsigned width = (columns + column_blocks - 1) / column_blocks;
-  return {dim3(width, kRowThreads / width), column_blocks};
+  return {dim3(width, max_threads / width), column_blocks};
 }
 
 // Splits rows into at most `max_blocks` equal ranges, each a multiple of `step` rows but for the last one.

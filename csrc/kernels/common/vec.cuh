@@ -17,28 +17,12 @@ using f16 = __half;
 using bf16 = __nv_bfloat16;
 using e4m3 = __nv_fp8_e4m3;
 
-__device__ __forceinline__ float to_float(f16 x) { return __half2float(x); }
-__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(e4m3 x) { return static_cast<float>(x); }
+// Two floats rounded, the first in the low half: 32 bits for f16 and bf16, 16 for e4m3.
+template <class T>
+using Bits2 = std::conditional_t<sizeof(T) == 2, uint32_t, uint16_t>;
 
 template <class T>
-__device__ __forceinline__ T from_float(float x);
-template <>
-__device__ __forceinline__ f16 from_float<f16>(float x) {
-  return __float2half_rn(x);
-}
-template <>
-__device__ __forceinline__ bf16 from_float<bf16>(float x) {
-  return __float2bfloat16_rn(x);
-}
-template <>
-__device__ __forceinline__ e4m3 from_float<e4m3>(float x) {
-  return e4m3(x);  // saturates to +-448
-}
-
-// Two floats rounded into one register, the first in the low half.
-template <class T>
-__device__ __forceinline__ uint32_t pack2(float low, float high);
+__device__ __forceinline__ Bits2<T> pack2(float low, float high);
 template <>
 __device__ __forceinline__ uint32_t pack2<f16>(float low, float high) {
   const __half2 pair = __floats2half2_rn(low, high);
@@ -53,22 +37,50 @@ __device__ __forceinline__ uint32_t pack2<bf16>(float low, float high) {
   memcpy(&bits, &pair, sizeof(bits));
   return bits;
 }
+template <>
+__device__ __forceinline__ uint16_t pack2<e4m3>(float low, float high) {  // saturates to +-448
+  return __nv_cvt_float2_to_fp8x2({low, high}, __NV_SATFINITE, __NV_E4M3);
+}
 
-// Eight consecutive elements, computed with in float: 16 bytes in memory for f16 and bf16, 8 for e4m3. Both
+// The two floats of a register, the first from the low half.
+template <class T>
+__device__ __forceinline__ float2 unpack2(Bits2<T> bits);
+template <>
+__device__ __forceinline__ float2 unpack2<f16>(uint32_t bits) {
+  __half2 pair;
+  memcpy(&pair, &bits, sizeof(bits));
+  return __half22float2(pair);
+}
+template <>
+__device__ __forceinline__ float2 unpack2<bf16>(uint32_t bits) {  // a bf16 is the high half of a float
+  return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
+}
+
+// Eight consecutive elements as they lie in memory: 16 bytes for f16 and bf16, 8 for e4m3. Loads and stores
 // need the address aligned to that size.
+template <class T>
+using Bits8 = std::conditional_t<sizeof(T) == 2, uint4, uint2>;
+
+// Eight elements, computed with in float.
 struct Vec8 {
   float x[8];
 
   template <class T>
-  __device__ __forceinline__ static Vec8 load(const T* p) {
-    using Bits = std::conditional_t<sizeof(T) == 2, uint4, uint2>;
-    const Bits bits = *reinterpret_cast<const Bits*>(p);
-    T raw[8];
-    memcpy(raw, &bits, sizeof(bits));
+  __device__ __forceinline__ static Vec8 unpack(const Bits8<T>& bits) {
+    Bits2<T> pairs[4];
+    memcpy(pairs, &bits, sizeof(bits));
     Vec8 v;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) v.x[i] = to_float(raw[i]);
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = unpack2<T>(pairs[i]);
+      v.x[2 * i] = pair.x, v.x[2 * i + 1] = pair.y;
+    }
     return v;
+  }
+
+  template <class T>
+  __device__ __forceinline__ static Vec8 load(const T* p) {
+    return unpack<T>(*reinterpret_cast<const Bits8<T>*>(p));
   }
 
   __device__ __forceinline__ static Vec8 load(const float* p) {
@@ -76,14 +88,23 @@ struct Vec8 {
     return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
   }
 
+  __device__ __forceinline__ void divide_by(const Vec8& other) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float reciprocal;  // approximate: an exact division is ten instructions for bits that rounding drops
+      asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(other.x[i]));
+      x[i] *= reciprocal;
+    }
+  }
+
   template <class T>
   __device__ __forceinline__ void store(T* p) const {
-    T raw[8];
+    Bits2<T> pairs[4];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) raw[i] = from_float<T>(x[i]);
-    std::conditional_t<sizeof(T) == 2, uint4, uint2> bits;
-    memcpy(&bits, raw, sizeof(bits));
-    *reinterpret_cast<decltype(bits)*>(p) = bits;
+    for (int i = 0; i < 4; ++i) pairs[i] = pack2<T>(x[2 * i], x[2 * i + 1]);
+    Bits8<T> bits;
+    memcpy(&bits, pairs, sizeof(bits));
+    *reinterpret_cast<Bits8<T>*>(p) = bits;
   }
 };
 
@@ -96,11 +117,24 @@ __device__ __forceinline__ bool index_is_inside(int64_t index, int64_t count) {
   return inside;
 }
 
-// Elements from the start of a cache to head `head` of slot `slot`; the slot must be inside the cache.
-__device__ __forceinline__ int64_t slot_offset(const PagedCache& cache, int page_size, int64_t slot,
-                                               int head) {
-  const int64_t page = slot / page_size, offset = slot % page_size;
-  return page * cache.page_stride + offset * cache.token_stride + head * cache.head_stride;
-}
+// A slot of a cache, taken apart once for all heads and for every cache of the same geometry.
+struct CacheRow {
+  int64_t page;  // -1: not inside the cache
+  int64_t offset;
+
+  __device__ __forceinline__ CacheRow(const CacheGeometry& cache, int64_t slot) : page(-1), offset(0) {
+    if (index_is_inside(slot, cache.num_pages * cache.page_size)) {
+      const uint64_t index = slot, page_size = cache.page_size;
+      page = index / page_size, offset = index % page_size;
+    }
+  }
+
+  __device__ __forceinline__ bool is_inside() const { return page >= 0; }
+
+  // Elements from the start of the cache to head 0 of this row.
+  __device__ __forceinline__ int64_t elements(const PagedCache& cache) const {
+    return page * cache.page_stride + offset * cache.token_stride;
+  }
+};
 
 }  // namespace fusedkv
