@@ -9,9 +9,8 @@
 
 namespace fusedkv {
 
-// An item of which this worker has left a partial result.
+// An item of which this worker has left a partial result; parts is 0 for none.
 struct SharedItem {
-  bool is_last;  // this worker was the last to arrive: it merges
   int seq, head, row_block, first_worker, worker_step, parts;
 };
 

@@ -30,14 +30,14 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   // The first loads of all that is needed to find the first block, together.
   const SequenceInfo first_sequences = SequenceInfo::load(p, min(int(threadIdx.x % 32), p.batch - 1));
   const int head_rows = p.num_kv_heads * p.row_blocks, stages = p.stages;
-  const WorkSplit split(p.schedule[p.batch], head_rows, gridDim.x);
+  const WorkSplit split(p.schedule[p.batch], head_rows, gridDim.x, S::kUnitBlocks);
   if (blockIdx.x >= split.workers() || split.blocks == 0) return;
   const int begin = split.begin(blockIdx.x), end = split.end(blockIdx.x);
 
   BlockCursor at;
   at.seek(p, begin / split.blocks, begin % split.blocks, first_sequences);
   UnitLoader<S> loader(p, at, end - begin);
-  if (threadIdx.x < 2) control.shared_items[threadIdx.x].is_last = false;
+  if (threadIdx.x < 2) control.shared_items[threadIdx.x].parts = 0;
 
   AttentionState<S> state;
   bool new_item = true;
@@ -86,30 +86,38 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       combine<S>(reinterpret_cast<const float*>(stage), S::kTeams, S::kPartialFloats, 0,
                  item_rows<S>(p, at.row_block), whole ? nullptr : partial,
                  item_output<S>(p, at.seq, at.head, at.row_block));
-      if (!whole) {
-        __syncthreads();
-        if (threadIdx.x == 0) {
-          const int first = split.range_of(item_begin - origin);
-          const int others = min(split.range_of(item_end - 1 - origin), split.ranges - 1) - first;
-          int* const counter =
-              p.schedule + p.batch + 1 + int64_t(at.seq) * head_rows + at.head * p.row_blocks + at.row_block;
-          fence_device();  // after the barrier, one thread's fence covers what all of them wrote
-          const bool is_last = atomicAdd(counter, 1) == others;
-          if (is_last) fence_device();
-          control.shared_items[which] = {
-              is_last,    at.seq,    at.head, at.row_block, first * split.step + int(blockIdx.x) % split.step,
-              split.step, others + 1};
-          if (is_last) *counter = 0;
-        }
+      if (!whole && threadIdx.x == 0) {
+        const int first = split.range_of(item_begin - origin);
+        const int last = min(split.range_of(item_end - 1 - origin), split.ranges - 1);
+        control.shared_items[which] = {at.seq,       at.head,
+                                       at.row_block, first * split.step + int(blockIdx.x) % split.step,
+                                       split.step,   last - first + 1};
       }
       new_item = true;
     }
     now += count;
     if (now < end) at.advance(p, count);
   }
+  // Only now does the worker tell that its partial results are there, of both items at once: a fence waits
+  // for a round trip to the L2, and an item that it begins in is not complete much earlier anyway.
+  __syncthreads();
+  if (threadIdx.x < 2) {
+    SharedItem& item = control.shared_items[threadIdx.x];
+    if (item.parts > 0) {
+      int* const counter = p.schedule + p.batch + 1 + int64_t(item.seq) * head_rows +
+                           item.head * p.row_blocks + item.row_block;
+      fence_device();  // after the barrier, one thread's fence covers what all of them wrote
+      if (atomicAdd(counter, 1) == item.parts - 1) {
+        *counter = 0;
+        fence_device();
+      } else {
+        item.parts = 0;
+      }
+    }
+  }
   __syncthreads();
   for (const SharedItem& item : control.shared_items) {
-    if (item.is_last) merge_partials<S>(p, item, ring);
+    if (item.parts > 0) merge_partials<S>(p, item, ring);
   }
 }
 

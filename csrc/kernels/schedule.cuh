@@ -38,12 +38,12 @@ struct WorkSplit {
   int step;                  // head rows in step, 1 for none
   int ranges, share, extra;  // the first `extra` ranges are one block longer than `share`
 
-  __device__ WorkSplit(int batch_blocks, int head_rows, int grid) {
+  __device__ WorkSplit(int batch_blocks, int head_rows, int grid, int unit_blocks) {
     blocks = max(0, min(batch_blocks, INT32_MAX / head_rows));
     step = grid / head_rows * head_rows * 10 >= grid * 9 ? head_rows : 1;
     const int length = step == 1 ? blocks * head_rows : blocks;
-    ranges =
-        max(1, min(grid / step, length));  // never more than blocks: no worker between two others is idle
+    // Never more than units: smaller shares would only make more partial results to merge.
+    ranges = max(1, min(grid / step, ceil_div(length, unit_blocks)));
     share = length / ranges, extra = length - share * ranges;
   }
   __device__ int workers() const { return ranges * step; }
