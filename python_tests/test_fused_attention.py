@@ -134,8 +134,12 @@ def test_matches_torch_attention():
     torch.testing.assert_close(run(case), expected)
 
 
-def test_unit_weights_equal_lite_bit_for_bit(device):
-    """FusedKV with a = (0, 1) and b = (1, 0) is FusedKV-Lite."""
+def test_unit_weights_equal_lite(device):
+    """FusedKV with a = (0, 1) and b = (1, 0) is FusedKV-Lite.
+
+    Bit for bit where both add in the same order: on the CPU, and on CUDA up to one block of 64 tokens. Beyond,
+    the kernels for one and for two sources share the tokens out to different numbers of warps.
+    """
     case = make_case(device, lengths=(5, 64, 300), head_dim=128)
     case.key_weights[0], case.key_weights[1] = 0.0, 1.0
     case.value_weights[0], case.value_weights[1] = 1.0, 0.0
@@ -146,7 +150,11 @@ def test_unit_weights_equal_lite_bit_for_bit(device):
         key_weights=None,
         value_weights=None,
     )
-    assert torch.equal(run(case), run(lite))
+    out, expected = run(case), run(lite)
+    exact = 3 if device == "cpu" else 2
+    assert torch.equal(out[:exact], expected[:exact])
+    check(case)
+    check(lite)
 
 
 def test_unknown_pages_are_invisible(device):
