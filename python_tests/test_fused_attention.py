@@ -137,8 +137,8 @@ def test_matches_torch_attention():
 def test_unit_weights_equal_lite(device):
     """FusedKV with a = (0, 1) and b = (1, 0) is FusedKV-Lite.
 
-    Bit for bit where both add in the same order: on the CPU, and on CUDA up to one block of 64 tokens. Beyond,
-    the kernels for one and for two sources share the tokens out to different numbers of warps.
+    Bit for bit where both add in the same order: on the CPU, and on CUDA up to one block of 64 tokens.
+    Beyond, the kernels for one and for two sources share the tokens out to different numbers of warps.
     """
     case = make_case(device, lengths=(5, 64, 300), head_dim=128)
     case.key_weights[0], case.key_weights[1] = 0.0, 1.0

@@ -32,6 +32,18 @@ def test_unused_slots_hold_nan():
 
 
 @over_dtypes(F16_E4M3, BF16_E4M3)
+def test_queries_out_of_range(device, dtypes):
+    """A NaN stays a NaN and reaches no other row; what is too large for f16 saturates."""
+    case = make_case(device, dtypes, lengths=(70, 5), head_dim=128)
+    case.q[0, 0, 3, 5] = float("nan")
+    case.q[1, 0, 2] = min(1e6, torch.finfo(case.q.dtype).max / 2)
+    bad = run(case).isnan()
+    assert bad[0, 0, 3].all()
+    bad[0, 0, 3] = False
+    assert not bad.any()
+
+
+@over_dtypes(F16_E4M3, BF16_E4M3)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_every_number_as_a_value(device, dtypes, head_dim):
     """With one token the output is its value, which f16 and bf16 hold exactly."""

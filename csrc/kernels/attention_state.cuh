@@ -27,6 +27,15 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+// f16 has less range than the bf16 that q may be. NaN stays NaN.
+__device__ __forceinline__ float clamp_to_f16(float x) {
+  float y;
+  asm("{.reg .f32 low; max.NaN.f32 low, %1, %2; min.NaN.f32 %0, low, %3;}"
+      : "=f"(y)
+      : "f"(x), "f"(-65504.f), "f"(65504.f));
+  return y;
+}
+
 // The maximum of a row that has seen nothing. Not -inf, because differences of maxima must be numbers.
 constexpr float kNothing = -1.5e38f;
 
@@ -39,7 +48,7 @@ template <class S>
 constexpr int kStepsAtOnce = 2 / sizeof(typename S::C);
 
 // Keys as the 16 x 16 left operand, for 16 tokens. The two e4m3 pairs of a register are neighbours in memory
-// but k-columns 2j and 2j + 8 of the operand; query_fragment() orders the channels of q alike.
+// but k-columns 2j and 2j + 8 of the operand; start() orders the channels of q alike.
 template <class S>
 __device__ __forceinline__ void load_keys(uint32_t (&a)[kStepsAtOnce<S>][4], uint32_t address) {
   uint32_t r[4];
@@ -124,10 +133,7 @@ struct AttentionState {
             float2 a = make_float2(1.f, 1.f);
             if (p.key_weights) a = *reinterpret_cast<const float2*>(weights + s * S::D + channel);
             float2 weighted = make_float2(q.x * a.x, q.y * a.y);
-            if constexpr (!kWide) {  // f16 has less range than the bf16 that q may be
-              weighted.x = fminf(fmaxf(weighted.x, -65504.f), 65504.f);
-              weighted.y = fminf(fmaxf(weighted.y, -65504.f), 65504.f);
-            }
+            if constexpr (!kWide) weighted = {clamp_to_f16(weighted.x), clamp_to_f16(weighted.y)};
             query[s][n][k][i] = pack2<T>(weighted.x, weighted.y);
           }
         }
