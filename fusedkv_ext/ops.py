@@ -291,9 +291,9 @@ def fused_attention(
 
     Args:
         q: [B, Q, Hq, D], 1 <= Q <= 16, after RoPE.
-        k_sources, v_sources: 1 or 2 caches each, all keys with the same strides and all values too. All of the
-            dtype of q, or all float8_e4m3fn, whose scales the caller folds into the weights. CUDA multiplies
-            e4m3 in float16: a_s * q saturates at 65504 and loses precision below 6e-5.
+        k_sources, v_sources: 1 or 2 caches each, all keys with the same strides and all values too. All of
+            the dtype of q, or all float8_e4m3fn, whose scales the caller folds into the weights. CUDA
+            multiplies e4m3 in float16: a_s * q saturates at 65504 and loses precision below 6e-5.
         key_weights, value_weights: float32 [number of sources, Hkv, D], or None for ones.
         block_table: int32 [B, max_pages], the pages of each sequence in order; tokens of a page outside the
             cache are invisible.
