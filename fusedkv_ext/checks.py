@@ -20,10 +20,15 @@ BLOCK_TOKENS = 64  # tokens of one work unit of fused_attention
 BLOCK_ROWS = 64  # query rows (heads of a group x query tokens) that one work unit serves
 
 
+def head_rows(num_query_tokens: int, num_query_heads: int, num_kv_heads: int) -> int:
+    """Times that fused_attention reads a token: once a key/value head and block of query rows."""
+    rows = num_query_heads // num_kv_heads * num_query_tokens
+    return num_kv_heads * -(-rows // BLOCK_ROWS)
+
+
 def schedule_entries(batch: int, num_query_tokens: int, num_query_heads: int, num_kv_heads: int) -> int:
     """Length of an attention schedule: B + 1 cumulative counts, then a merge counter for every item."""
-    rows = num_query_heads // num_kv_heads * num_query_tokens
-    return batch + 1 + batch * num_kv_heads * -(-rows // BLOCK_ROWS)
+    return batch + 1 + batch * head_rows(num_query_tokens, num_query_heads, num_kv_heads)
 
 
 def expect(condition: bool, op: str, argument: str, expected: str, got: object) -> None:
@@ -293,8 +298,9 @@ def attention_schedule(
     divides = num_kv_heads > 0 and num_query_heads > 0 and num_query_heads % num_kv_heads == 0
     c.expect(divides, "num_query_heads", f"a multiple of num_kv_heads {num_kv_heads}", num_query_heads)
     c.window(window)
-    fits = seq_lens.shape[0] * (max_seq_len // BLOCK_TOKENS + 1) < 2**31
-    blocks = "fewer than 2^31 blocks of 64 tokens in the batch"
+    reads = head_rows(num_query_tokens, num_query_heads, num_kv_heads)
+    fits = seq_lens.shape[0] * (max_seq_len // BLOCK_TOKENS + 1) * reads < 2**31
+    blocks = f"fewer than 2^31 blocks of 64 tokens in the batch, each counted {reads} times"
     c.expect(fits, "max_seq_len", blocks, f"{seq_lens.shape[0]} sequences of {max_seq_len} tokens")
 
 

@@ -30,8 +30,8 @@ struct AttentionShape {
   static constexpr int kRowTiles = row_tiles, kTeamWarps = team_warps;
   static constexpr int kRowBytes = D * sizeof(C), kRowChunks = kRowBytes / 16;
   static constexpr int kTokenBytes = 2 * kSources * kRowBytes;
-  // Slices of 8 KB for 8 warps: 64 KB are in flight beside the unit that is computed. A warp alone needs 16
-  // tokens to fill a tensor-core tile, so where those take 16 KB there are 4 warps.
+  // Slices of 8 KB for 8 warps, so that a unit is 64 KB: what an SM must have in flight. A warp alone needs
+  // 16 tokens to fill a tensor-core tile, so where those take 16 KB there are 4 warps.
   static constexpr int kFullSlice = 8192 / kTokenBytes;
   static constexpr int kSliceTokens =
       kFullSlice > 32 ? 32 : (kFullSlice * kTeamWarps < 16 ? 16 / kTeamWarps : kFullSlice);
@@ -124,7 +124,7 @@ struct BlockCursor {
       seq = 0;
       if (++row_block == p.row_blocks) row_block = 0, head = min(head + 1, p.num_kv_heads - 1);
     }
-    if (p.batch > 1) enter_sequence(p, SequenceInfo(next));
+    if (p.batch > 1) enter_sequence(p, SequenceInfo(next));  // a copy, because it overwrites `next`
   }
 
   // Blocks of the unit here: up to the end of the item and of the worker's range.
@@ -211,7 +211,8 @@ struct UnitLoader {
     return smem_address(planes + swizzled<S::kRowChunks>(row, threadIdx.x % S::kRowChunks));
   }
   static __device__ __forceinline__ void copy_chunk(uint32_t to, const C* from, bool valid) {
-    cp_async_16 < S::kRowBytes<128 ? 256 : 128>(to, from, valid);
+    constexpr int kFetch = S::kRowBytes < 128 ? 256 : 128;
+    cp_async_16<kFetch>(to, from, valid);
   }
 
   __device__ __forceinline__ void copy_slice(const PagedCache (&sources)[2], int count, int64_t row_page,
@@ -284,7 +285,6 @@ struct UnitLoader {
 
 __device__ __forceinline__ void wait_for_oldest(int stages) {
   switch (stages) {  // leave stages - 2 groups in flight; the instruction takes constants only
-    case 1:
     case 2:
       return cp_async_wait<0>();
     case 3:
@@ -303,12 +303,10 @@ template <class S>
 __device__ __forceinline__ void team_barrier() {
   if constexpr (S::kTeamWarps == 1) {
     __syncwarp();
-  } else if constexpr (S::kTeams == 1) {
-    __syncthreads();
   } else {
     // Constant numbers: with a variable one the kernel would claim all 16 barriers.
     const int team = threadIdx.x / 32 / S::kTeamWarps;
-    static_assert(S::kTeams <= 4);
+    static_assert(S::kTeams == 2 || S::kTeams == 4);
     constexpr int threads = 32 * S::kTeamWarps;
     if (team == 0) asm volatile("bar.sync 1, %0;" ::"n"(threads) : "memory");
     if (team == 1) asm volatile("bar.sync 2, %0;" ::"n"(threads) : "memory");

@@ -6,9 +6,9 @@
 //    loading its own slice of each unit, a few units ahead, with 16-byte cp.async, which serve any page size.
 //  - The query rows of one key/value head (G heads x Q tokens) fill the columns of the tensor-core tile, 8 or
 //  16
-//    a warp; up to 64 rows are shared out to a team of warps, each over the team's tokens. A team keeps its
-//    own softmax state and meets nobody until its item ends, so the main loop has one barrier per unit among
-//    the warps of a team, and none for up to 16 rows.
+//    a warp. More rows are shared out to a team of warps, each over the tokens of all of them. A team keeps
+//    its own softmax state and meets nobody until its item ends: the main loop has one barrier per unit among
+//    the warps of a team, and none where a team is one warp.
 #pragma once
 
 #include <bit>
@@ -150,7 +150,7 @@ auto dispatch_attention_shape(const FusedAttentionParams& params, F&& f) {
   const int rows = params.num_q_heads / params.num_kv_heads * params.num_query_tokens;
   const auto with_rows = [&]<int kSources>() {
     if (rows <= 8) return f(AttentionShape<T, C, D, kSources, 1, 1>{});
-    // Two tiles with two wide sources are more than a warp's registers: more warps share the rows.
+    // Two tiles with two wide sources spill registers: up to 32 rows, more warps share them instead.
     constexpr bool kWide = kSources == 2 && D == 128 && sizeof(C) == 2;
     if (rows <= 16) return f(AttentionShape<T, C, D, kSources, kWide ? 1 : 2, kWide ? 2 : 1>{});
     if (rows <= 32) return f(AttentionShape<T, C, D, kSources, kWide ? 1 : 2, kWide ? 4 : 2>{});

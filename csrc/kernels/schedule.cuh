@@ -32,7 +32,7 @@ __host__ __device__ inline int num_row_blocks(int num_q_heads, int num_kv_heads,
 // head * row blocks + row block. Where the heads fit the grid they go in step: one worker a head row reads a
 // range of the batch at the same time, because the heads of a token are neighbours in memory, which DRAM
 // reads together faster. Else all positions are split evenly. All in 32 bits, because divisions of 64 bits
-// take longer than a round trip to the L2; 2^31 blocks are a cache of 17 TB or more.
+// take longer than a round trip to the L2; attention_schedule refuses batches of more.
 struct WorkSplit {
   int blocks;                // of the batch, for one head row
   int step;                  // head rows in step, 1 for none

@@ -89,11 +89,16 @@ inline DType kernel_dtype(const at::Tensor& x) {
   return x.scalar_type() == at::kBFloat16 ? DType::kBF16 : DType::kE4M3;
 }
 
+// Times that fused_attention reads a token: once a key/value head and block of query rows.
+inline int64_t head_rows(int64_t num_query_tokens, int64_t num_q_heads, int64_t num_kv_heads) {
+  const int64_t rows = num_q_heads / num_kv_heads * num_query_tokens;
+  return num_kv_heads * ((rows + kBlockRows - 1) / kBlockRows);
+}
+
 // Elements of a schedule: see AttentionScheduleParams.
 inline int64_t schedule_entries(int64_t batch, int64_t num_query_tokens, int64_t num_q_heads,
                                 int64_t num_kv_heads) {
-  const int64_t rows = num_q_heads / num_kv_heads * num_query_tokens;
-  return batch + 1 + batch * num_kv_heads * ((rows + kBlockRows - 1) / kBlockRows);
+  return batch + 1 + batch * head_rows(num_query_tokens, num_q_heads, num_kv_heads);
 }
 
 inline PagedCache paged_cache(const at::Tensor& cache) {
