@@ -5,6 +5,7 @@ The counterpart of bench_common.h for contenders that are called from Python.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import math
@@ -20,6 +21,23 @@ import torch
 MAX_SETS = 1024  # launches that small are bound by latency, not by memory
 MIN_LAUNCHES = 16  # in one graph, so that the events around it weigh nothing
 WARM_UP = 3  # replays
+
+
+def parse_arguments(
+    parser: argparse.ArgumentParser, ceiling: str, program: str, arguments: Sequence[str] | None
+) -> argparse.Namespace:
+    """Add the options of every comparison and parse; exits where there is no GPU.
+
+    ceiling: "read" or "copy", what bench program `program` prints of it and the tables compare with.
+    """
+    parser.add_argument("--page-size", type=int, default=64, help="tokens a page of this package's caches")
+    parser.add_argument("--repeats", type=int, default=20, help="timed graph replays a measurement")
+    parser.add_argument(f"--{ceiling}-ceiling", type=float, metavar="GB/S", help=f"of build/{program}")
+    parser.add_argument("--json", metavar="FILE", help="write every measurement to FILE")
+    args = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.error("needs a GPU")
+    return args
 
 
 class Timing(NamedTuple):

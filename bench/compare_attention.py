@@ -19,7 +19,15 @@ from functools import partial
 
 import torch
 from attention_contenders import BF16, Case, Contender, Heads, Mismatch, flashinfer, fusedkv, sdpa, verify
-from compare import cold_sets, environment, geometric_mean, markdown_table, time_graph_quantiles, write_json
+from compare import (
+    cold_sets,
+    environment,
+    geometric_mean,
+    markdown_table,
+    parse_arguments,
+    time_graph_quantiles,
+    write_json,
+)
 from torch.nn.attention import SDPBackend
 
 ONE_BF16, TWO_BF16 = "fusedkv, 1 bf16 source", "fusedkv, 2 bf16 sources"
@@ -315,13 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=parse_shapes("1x4096,1x32768,1x131072,8x8192,32x8192,128x4096"),
     )
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--page-size", type=int, default=64, help="tokens a page of this package's caches")
-    parser.add_argument("--repeats", type=int, default=20, help="timed graph replays a measurement")
-    parser.add_argument("--read-ceiling", type=float, metavar="GB/S", help="of build/bench_fused_attention")
-    parser.add_argument("--json", metavar="FILE", help="write every measurement to FILE")
-    args = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        parser.error("needs a GPU")
+    args = parse_arguments(parser, "read", "bench_fused_attention", arguments)
 
     torch.manual_seed(0)
     results = {

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 from attention_contenders import Heads, Mismatch
-from compare import cold_sets, environment, markdown_table, time_graph_quantiles, write_json
+from compare import cold_sets, environment, markdown_table, parse_arguments, time_graph_quantiles, write_json
 from compare_attention import parse_heads
 from torch import Tensor
 
@@ -193,13 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=[Heads(32, 8, 128), Heads(16, 16, 128), Heads(16, 4, 64)],
     )
     parser.add_argument("--tokens", type=parse_tokens, metavar="T,...", default=[64, 512, 8192])
-    parser.add_argument("--page-size", type=int, default=64, help="tokens a page")
-    parser.add_argument("--repeats", type=int, default=20, help="timed graph replays a measurement")
-    parser.add_argument("--copy-ceiling", type=float, metavar="GB/S", help="of build/bench_cache_write")
-    parser.add_argument("--json", metavar="FILE", help="write every measurement to FILE")
-    args = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        parser.error("needs a GPU")
+    args = parse_arguments(parser, "copy", "bench_cache_write", arguments)
 
     torch.manual_seed(0)
     results = {

@@ -431,8 +431,7 @@ __device__ __forceinline__ int item_rows(const AttentionParams& p, int row_block
 }
 
 // Adds up the partial results of an item in the order of the workers, so that every run gives the same bits.
-// They come through shared memory, as many at a time as fit, so that their loads share a round trip to the
-// L2.
+// They come through shared memory, as many at a time as fit: their loads then share a round trip to the L2.
 template <class S>
 __device__ void merge_partials(const AttentionParams& p, const SharedItem& item, char* ring) {
   constexpr int kRowsAtOnce = S::kThreads / (S::D / 4) < S::kRows ? S::kThreads / (S::D / 4) : S::kRows;

@@ -4,11 +4,10 @@
 // neither K_i nor V_i is ever formed. docs/kernels.md has the picture; in short:
 //  - One CTA an SM walks a contiguous range of token blocks (schedule.cuh), a unit at a time. Each warp keeps
 //    loading its own slice of each unit, a few units ahead, with 16-byte cp.async, which serve any page size.
-//  - The query rows of one key/value head (G heads x Q tokens) fill the columns of the tensor-core tile, 8 or
-//  16
-//    a warp. More rows are shared out to a team of warps, each over the tokens of all of them. A team keeps
-//    its own softmax state and meets nobody until its item ends: the main loop has one barrier per unit among
-//    the warps of a team, and none where a team is one warp.
+//  - The query rows of one key/value head (G heads x Q tokens) fill the columns of the tensor-core tile: a
+//    warp has 8 or 16. More rows are shared out to a team of warps, each over the tokens of all of them. A
+//    team keeps its own softmax state and meets nobody until its item ends: the main loop has one barrier per
+//    unit among the warps of a team, and none where a team is one warp.
 #pragma once
 
 #include <bit>
