@@ -83,10 +83,6 @@ __device__ __forceinline__ void load_values(uint32_t (&a)[kStepsAtOnce<S>][4], u
   }
 }
 
-// Where a partial result has a channel of a row: XORed so that the lanes that finish a tile fall into
-// different banks.
-__device__ __forceinline__ int swizzled_channel(int row, int channel) { return channel ^ row / 2 % 4 * 8; }
-
 // The channel of row lane / 4 (+ 8 for half 1) of value tile d.
 template <class S>
 __device__ __forceinline__ int value_channel(int d, int half) {
@@ -340,7 +336,8 @@ struct AttentionState {
         sum += __shfl_xor_sync(~0u, sum, 4);
         sum += __shfl_xor_sync(~0u, sum, 8);
         sum += __shfl_xor_sync(~0u, sum, 16);
-        if (lane / 4 == 0) partial[row] = row_max[n][j], partial[S::kRows + row] = sum;
+        float* const to = partial + row * S::kPartialRow;
+        if (lane / 4 == 0) *reinterpret_cast<float2*>(to + S::D) = make_float2(row_max[n][j], sum);
 #pragma unroll
         for (int d = 0; d < S::D / 16; ++d) {
           float total[2];
@@ -352,13 +349,11 @@ struct AttentionState {
               total[half] += control.value_weights[s][value_channel<S>(d, half)] * out[s][n][d][2 * half + j];
             }
           }
-          float* const to = partial + S::kStatFloats + row * S::D;
           if constexpr (sizeof(typename S::C) == 1) {
-            *reinterpret_cast<float2*>(to + swizzled_channel(row, value_channel<S>(d, 0))) =
-                make_float2(total[0], total[1]);
+            *reinterpret_cast<float2*>(to + value_channel<S>(d, 0)) = make_float2(total[0], total[1]);
           } else {
-            to[swizzled_channel(row, value_channel<S>(d, 0))] = total[0];
-            to[swizzled_channel(row, value_channel<S>(d, 1))] = total[1];
+            to[value_channel<S>(d, 0)] = total[0];
+            to[value_channel<S>(d, 1)] = total[1];
           }
         }
       }
@@ -374,43 +369,43 @@ struct ItemOutput {
   bool is_bf16;
 };
 
-// Adds `count` partial results that lie in shared memory, for the query rows [base, base + rows) of the row
-// block; each holds the rows from `base` on. The result goes to `partial`, in the same form, or where that is
-// null to the output. All threads call it. It is not inlined, because the merge of the teams and that of the
-// workers follow each other and the instructions of the second would be fetched from memory while all wait.
+// Adds `count` partial results that lie in shared memory. The result goes to `partial`, in the same form (it
+// may be the first of them), or where that is null to the output. All threads call it. What runs once a
+// kernel runs at the latency of each instruction, and its instructions are fetched from memory: so there are
+// few of them, and the teams and the workers share them.
 template <class S>
-__device__ __noinline__ void combine(const float* parts, int count, int part_floats, int base, int rows,
-                                     float* partial, ItemOutput output) {
+__device__ __noinline__ void combine(const float* parts, int count, int rows, float* partial,
+                                     ItemOutput output) {
+  static_assert(S::D / 4 <= 32, "the threads of a row are one warp's");
 #pragma unroll 1
-  for (int start = 0; start < rows * (S::D / 4); start += S::kThreads) {
-    const int i = start + threadIdx.x, local = i / (S::D / 4), channel = i % (S::D / 4) * 4;
-    const int row = base + local, at = local * S::D + swizzled_channel(row, channel);
-    const bool busy = local < rows;
+  for (int i = threadIdx.x; i < rows * (S::D / 4); i += S::kThreads) {
+    const int row = i / (S::D / 4), channel = i % (S::D / 4) * 4;
+    const int in_part = row * S::kPartialRow;
     float max = kNothing, sum = 0.f, x[4] = {};
-    if (busy) {
-#pragma unroll 8
-      for (int k = 0; k < count; ++k) max = fmaxf(max, parts[k * part_floats + row]);
-#pragma unroll 8
-      for (int k = 0; k < count; ++k) {
-        const float* const part = parts + k * part_floats;
-        const float weight = exp2_fast(part[row] - max);
-        const float4 y = *reinterpret_cast<const float4*>(part + S::kStatFloats + at);
-        sum += weight * part[S::kRows + row];
-        x[0] += weight * y.x, x[1] += weight * y.y, x[2] += weight * y.z, x[3] += weight * y.w;
-      }
+#pragma unroll 4
+    for (int k = 0; k < count; ++k) max = fmaxf(max, parts[k * S::kPartialFloats + in_part + S::D]);
+#pragma unroll 4
+    for (int k = 0; k < count; ++k) {
+      const float* const part = parts + k * S::kPartialFloats + in_part;
+      const float2 stats = *reinterpret_cast<const float2*>(part + S::D);
+      const float4 y = *reinterpret_cast<const float4*>(part + channel);
+      const float weight = exp2_fast(stats.x - max);
+      sum += weight * stats.y;
+      x[0] += weight * y.x, x[1] += weight * y.y, x[2] += weight * y.z, x[3] += weight * y.w;
     }
-    __syncthreads();  // `partial` may be the first of the parts
-    if (!busy) continue;
     if (partial) {
-      *reinterpret_cast<float4*>(partial + S::kStatFloats + at) = make_float4(x[0], x[1], x[2], x[3]);
-      if (channel == 0) partial[row] = max, partial[S::kRows + row] = sum;
+      __syncwarp();  // all have read the first part
+      *reinterpret_cast<float4*>(partial + in_part + channel) = make_float4(x[0], x[1], x[2], x[3]);
+      if (channel == 0) *reinterpret_cast<float2*>(partial + in_part + S::D) = make_float2(max, sum);
       continue;
     }
     const float inverse = inverse_or_zero(sum);
     for (float& value : x) value *= inverse;
     const int item_row = output.first_row + row;
-    const int64_t to =
-        item_row / output.group * output.token_stride + item_row % output.group * S::D + channel;
+    int64_t to = item_row * S::D + channel;
+    if (output.token_stride > 0) {
+      to = item_row / output.group * output.token_stride + item_row % output.group * S::D + channel;
+    }
     *reinterpret_cast<uint2*>(output.rows + to) =
         output.is_bf16 ? make_uint2(pack2<bf16>(x[0], x[1]), pack2<bf16>(x[2], x[3]))
                        : make_uint2(pack2<f16>(x[0], x[1]), pack2<f16>(x[2], x[3]));
@@ -421,7 +416,8 @@ template <class S>
 __device__ __forceinline__ ItemOutput item_output(const AttentionParams& p, int seq, int head,
                                                   int row_block) {
   const int64_t stride = int64_t(p.num_q_heads) * S::D;
-  return {static_cast<uint16_t*>(p.out) + seq * p.num_query_tokens * stride + head * p.group * S::D, stride,
+  return {static_cast<uint16_t*>(p.out) + seq * p.num_query_tokens * stride + head * p.group * S::D,
+          p.num_query_tokens == 1 ? 0 : stride,  // with one token no row needs a division to be found
           p.group, row_block * S::kRows, p.dtype == DType::kBF16};
 }
 
@@ -433,44 +429,34 @@ __device__ __forceinline__ int item_rows(const AttentionParams& p, int row_block
 // Adds up the partial results of an item in the order of the workers, so that every run gives the same bits.
 // They come through shared memory, as many at a time as fit: their loads then share a round trip to the L2.
 template <class S>
-__device__ void merge_partials(const AttentionParams& p, const SharedItem& item, char* ring) {
-  constexpr int kRowsAtOnce = S::kThreads / (S::D / 4) < S::kRows ? S::kThreads / (S::D / 4) : S::kRows;
-  constexpr int kPartFloats = S::kStatFloats + kRowsAtOnce * S::D;
-  const int parts_at_once = p.stages * (S::kStageBytes / (4 * kPartFloats));
+__device__ __forceinline__ void merge_partials(const AttentionParams& p, const SharedItem& item, char* ring) {
+  const int parts_at_once = p.stages * (S::kStageBytes / (4 * S::kPartialFloats));
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rows = item_rows<S>(p, item.row_block);
-  const ItemOutput output = item_output<S>(p, item.seq, item.head, item.row_block);
   float* const parts = reinterpret_cast<float*>(ring);
+  int held = 0;  // the first of the parts here is what has been added so far
 #pragma unroll 1
-  for (int base = 0; base < rows; base += kRowsAtOnce) {
-    const int rows_now = min(rows - base, kRowsAtOnce);
-    int held = 0;  // the first of the parts here is what has been added so far
+  for (int from = 0; from < item.parts;) {
+    const int count = min(parts_at_once - held, item.parts - from);
 #pragma unroll 1
-    for (int from = 0; from < item.parts;) {
-      const int count = min(parts_at_once - held, item.parts - from);
-      __syncthreads();  // what was here before is no longer read
+    for (int k = warp; k < count; k += S::kWarps) {
+      // The first worker's part is of the item that it ends in, the others' are of the items they begin in.
+      const int slot = 2 * (item.first_worker + (from + k) * item.worker_step) + (from + k == 0);
+      const float* part =
+          static_cast<const float*>(p.workspace) + int64_t(slot) * S::kPartialFloats + lane * 4;
+      uint32_t to = smem_address(parts + (held + k) * S::kPartialFloats + lane * 4);
 #pragma unroll 1
-      for (int k = warp; k < count; k += S::kWarps) {
-        // The first worker's part is of the item that it ends in, the others' are of the items they begin in.
-        const int64_t worker = item.first_worker + int64_t(from + k) * item.worker_step;
-        const int64_t slot = 2 * worker + (from + k == 0);
-        const float* const part = static_cast<const float*>(p.workspace) + slot * S::kPartialFloats;
-        const uint32_t to = smem_address(parts + (held + k) * kPartFloats);
-#pragma unroll
-        for (int j = 0; j < (kPartFloats + 127) / 128; ++j) {
-          const int i = (j * 32 + lane) * 4;
-          if (i < S::kStatFloats + rows_now * S::D) {
-            cp_async_16(to + i * 4, part + i + (i < S::kStatFloats ? 0 : base * S::D), true);
-          }
-        }
+      for (int left = rows * S::kPartialRow - lane * 4; left > 0; left -= 128, part += 128, to += 512) {
+        cp_async_16(to, part, true);
       }
-      cp_async_commit();
-      cp_async_wait<0>();
-      __syncthreads();
-      from += count;
-      combine<S>(parts, held + count, kPartFloats, base, rows_now, from < item.parts ? parts : nullptr,
-                 output);
-      held = 1;
     }
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+    from += count;
+    combine<S>(parts, held + count, rows, from < item.parts ? parts : nullptr,
+               item_output<S>(p, item.seq, item.head, item.row_block));
+    held = 1;
+    __syncthreads();  // what is here is no longer read
   }
 }
 

@@ -17,6 +17,8 @@ struct AttentionParams : FusedAttentionParams {
   int group;       // query heads of a key/value head
   int row_blocks;  // of a key/value head
   int page_shift;  // log2 of the page size, or -1 when it is no power of two
+  int capacity;    // tokens of a sequence's pages
+  int max_blocks;  // of the batch that positions can count
   int stages;      // of the ring
 };
 
@@ -47,8 +49,9 @@ struct AttentionShape {
   static constexpr int kQueryOffset = 2 * kSources * kPlaneBytes,
                        kWeightOffset = kQueryOffset + kRows * D * 2;
   static constexpr int kStageBytes = kWeightOffset + 2 * kSources * D * 4;
-  // A partial result, of a team or of a worker: maxima, sums, rows.
-  static constexpr int kStatFloats = 2 * kRows, kPartialFloats = kStatFloats + kRows * D;
+  // A partial result, of a team or of a worker: query rows of D weighted sums, the maximum and the sum. The
+  // four floats after the channels also make lanes that finish a tile fall into different banks.
+  static constexpr int kPartialRow = D + 4, kPartialFloats = kRows * kPartialRow;
   static_assert(kTeams * kPartialFloats * 4 <= kStageBytes, "a stage is where the teams meet");
   static_assert(kStageBytes % kRingAlignment == 0, "offsets in a row are XORed into whole addresses");
 };
@@ -87,9 +90,8 @@ struct BlockCursor {
   __device__ int start() const { return first / kBlockTokens * kBlockTokens + block * kBlockTokens; }
 
   __device__ void enter_sequence(const AttentionParams& p, const SequenceInfo& info) {
-    const int64_t capacity = int64_t(p.max_pages) * p.cache.page_size;
     blocks = max(1, info.end - info.begin);
-    length = static_cast<int>(max(int64_t(0), min(int64_t(info.length), capacity)));
+    length = max(0, min(info.length, p.capacity));
     first = first_visible(length, p.num_query_tokens, p.window);
     next = SequenceInfo::load(p, seq + 1 < p.batch ? seq + 1 : 0);
   }
@@ -98,9 +100,9 @@ struct BlockCursor {
   // batch.
   __device__ void seek(const AttentionParams& p, int head_row, int at, SequenceInfo info) {
     const int lane = threadIdx.x % 32;
-    SequenceInfo own = {0, 1, 0};
+    SequenceInfo own = info;
     seq = 0;
-    for (int base = 0;;) {
+    for (int base = 0; p.batch > 1;) {
       const int found = __popc(__ballot_sync(~0u, base + lane < p.batch && info.begin <= at));
       const int last = max(found - 1, 0);
       const SequenceInfo candidate = {__shfl_sync(~0u, info.begin, last), __shfl_sync(~0u, info.end, last),
@@ -112,7 +114,8 @@ struct BlockCursor {
     }
     enter_sequence(p, own);
     head_row = min(head_row, p.num_kv_heads * p.row_blocks - 1);
-    head = head_row / p.row_blocks, row_block = head_row % p.row_blocks;
+    head = head_row, row_block = 0;
+    if (p.row_blocks > 1) head = head_row / p.row_blocks, row_block = head_row % p.row_blocks;
     block = max(0, min(at - own.begin, blocks - 1));
   }
 

@@ -10,15 +10,20 @@
 //    unit among the warps of a team, and none where a team is one warp.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 
 #include "attention_state.cuh"
 
 namespace fusedkv {
 
-// Orders this thread's memory accesses, and those it has seen, for the whole device. __threadfence() is
-// sequentially consistent, which nobody here needs.
-__device__ __forceinline__ void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+// Adds 1 to a counter in device memory, after the writes of this thread and those that it has seen, and
+// before its reads. Returns what the counter was.
+__device__ __forceinline__ int count_arrival(int* counter) {
+  int before;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
 
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
@@ -29,16 +34,20 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   // The first loads of all that is needed to find the first block, together.
   const SequenceInfo first_sequences = SequenceInfo::load(p, min(int(threadIdx.x % 32), p.batch - 1));
   const int head_rows = p.num_kv_heads * p.row_blocks, stages = p.stages;
-  const WorkSplit split(p.schedule[p.batch], head_rows, gridDim.x, S::kUnitBlocks);
-  if (blockIdx.x >= split.workers() || split.blocks == 0) return;
-  const int begin = split.begin(blockIdx.x), end = split.end(blockIdx.x);
+  const WorkSplit split(max(0, min(p.schedule[p.batch], p.max_blocks)), head_rows, S::kUnitBlocks);
+  if (blockIdx.y >= split.ranges || split.blocks == 0) return;
+  const int begin = split.begin(blockIdx.y), end = split.begin(blockIdx.y + 1);
+  const bool in_step = gridDim.x > 1 || head_rows == 1;
+  const int head_row = in_step ? blockIdx.x : begin / split.blocks;
 
   BlockCursor at;
-  at.seek(p, begin / split.blocks, begin % split.blocks, first_sequences);
+  at.seek(p, head_row, in_step ? begin : begin - head_row * split.blocks, first_sequences);
   UnitLoader<S> loader(p, at, end - begin);
   if (threadIdx.x < 2) control.shared_items[threadIdx.x].parts = 0;
 
   AttentionState<S> state;
+  constexpr int kWhole = -1;
+  int partial = kWhole;  // which of the worker's partial results the item becomes
   bool new_item = true;
   int load_stage = 0, read_stage = 0, now = begin;
   for (int step = stages > 1 ? 1 - stages : 0; now < end; ++step) {  // below 0 it only loads
@@ -65,6 +74,18 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     char* const stage = ring + read_stage * S::kStageBytes;
     if (new_item) {
       state.start(p, control, stage);
+      const int item_begin = max(0, now - at.block), item_end = item_begin + at.blocks;
+      // A worker has at most two partial results: of the item it begins in, and of the one it ends in.
+      partial = item_begin >= begin;
+      if (item_begin >= begin && item_end <= end) {
+        partial = kWhole;
+      } else if (threadIdx.x == 0) {
+        const int first = split.range_of(item_begin);
+        const int last = min(split.range_of(item_end - 1), split.ranges - 1);
+        control.shared_items[partial] = {at.seq,         at.head,
+                                         at.row_block,   first * int(gridDim.x) + int(blockIdx.x),
+                                         int(gridDim.x), last - first + 1};
+      }
       __syncthreads();  // all have read the queries before somebody's next load overwrites them
       new_item = false;
     }
@@ -73,25 +94,13 @@ __global__ void __launch_bounds__(S::kThreads, 1)
 
     const int count = at.template unit_blocks<S>(end - now);
     if (at.block + count == at.blocks || now + count == end) {
-      const int origin = split.origin(blockIdx.x);
-      const int item_begin = max(origin, now - at.block), item_end = item_begin + at.blocks;
       __syncthreads();  // all teams have left the stage
       state.finish(control, stage);
       __syncthreads();
-      // A worker has at most two partial results: of the item it begins in, and of the one it ends in.
-      const bool whole = item_begin >= begin && item_end <= end;
-      const int which = item_begin >= begin;
-      float* const partial = static_cast<float*>(p.workspace) + (blockIdx.x * 2 + which) * S::kPartialFloats;
-      combine<S>(reinterpret_cast<const float*>(stage), S::kTeams, S::kPartialFloats, 0,
-                 item_rows<S>(p, at.row_block), whole ? nullptr : partial,
+      const int slot = 2 * (blockIdx.y * gridDim.x + blockIdx.x) + partial;
+      combine<S>(reinterpret_cast<const float*>(stage), S::kTeams, item_rows<S>(p, at.row_block),
+                 partial == kWhole ? nullptr : static_cast<float*>(p.workspace) + slot * S::kPartialFloats,
                  item_output<S>(p, at.seq, at.head, at.row_block));
-      if (!whole && threadIdx.x == 0) {
-        const int first = split.range_of(item_begin - origin);
-        const int last = min(split.range_of(item_end - 1 - origin), split.ranges - 1);
-        control.shared_items[which] = {at.seq,       at.head,
-                                       at.row_block, first * split.step + int(blockIdx.x) % split.step,
-                                       split.step,   last - first + 1};
-      }
       new_item = true;
     }
     now += count;
@@ -105,23 +114,23 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     if (item.parts > 0) {
       int* const counter = p.schedule + p.batch + 1 + int64_t(item.seq) * head_rows +
                            item.head * p.row_blocks + item.row_block;
-      fence_device();  // after the barrier, one thread's fence covers what all of them wrote
-      if (atomicAdd(counter, 1) == item.parts - 1) {
+      // After the barrier, one thread's release covers what all of them wrote.
+      if (count_arrival(counter) == item.parts - 1) {
         *counter = 0;
-        fence_device();
       } else {
         item.parts = 0;
       }
     }
   }
   __syncthreads();
+#pragma unroll 1
   for (const SharedItem& item : control.shared_items) {
     if (item.parts > 0) merge_partials<S>(p, item, ring);
   }
 }
 
 struct AttentionLaunch {
-  int stages, grid;
+  int stages, multiprocessors;
   size_t shared_bytes;
 };
 
@@ -133,7 +142,7 @@ cudaError_t plan_attention_launch(AttentionLaunch& launch) {
   const auto read = [&](int& value, cudaDeviceAttr attribute) {
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, device);
   };
-  read(launch.grid, cudaDevAttrMultiProcessorCount);
+  read(launch.multiprocessors, cudaDevAttrMultiProcessorCount);
   read(per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   if (error != cudaSuccess) return error;
   launch.stages = min(kMaxStages, (per_block - int(sizeof(AttentionControl<S>))) / S::kStageBytes);
@@ -165,7 +174,7 @@ size_t attention_workspace_bytes(const FusedAttentionParams& params) {
     using S = decltype(shape);
     AttentionLaunch launch;
     if (plan_attention_launch<S>(launch) != cudaSuccess) return 0;
-    return size_t(launch.grid) * 2 * S::kPartialFloats * sizeof(float);
+    return size_t(launch.multiprocessors) * 2 * S::kPartialFloats * sizeof(float);
   });
 }
 
@@ -177,15 +186,20 @@ cudaError_t launch_attention(const FusedAttentionParams& params, cudaStream_t st
     const cudaError_t error = plan_attention_launch<S>(launch);
     if (error != cudaSuccess) return error;
     const int group = params.num_q_heads / params.num_kv_heads, page_size = params.cache.page_size;
+    const int row_blocks = num_row_blocks(params.num_q_heads, params.num_kv_heads, params.num_query_tokens);
+    const int head_rows = params.num_kv_heads * row_blocks;
     const bool shifts = std::has_single_bit(static_cast<unsigned>(page_size));
     const AttentionParams p{
         params,
         group,
-        num_row_blocks(params.num_q_heads, params.num_kv_heads, params.num_query_tokens),
+        row_blocks,
         shifts ? std::countr_zero(static_cast<unsigned>(page_size)) : -1,
+        static_cast<int>(std::min<int64_t>(int64_t(params.max_pages) * page_size, INT32_MAX)),
+        INT32_MAX / head_rows,
         launch.stages,
     };
-    fused_attention_kernel<S><<<launch.grid, S::kThreads, launch.shared_bytes, stream>>>(p);
+    const dim3 grid = attention_grid(launch.multiprocessors, head_rows);
+    fused_attention_kernel<S><<<grid, S::kThreads, launch.shared_bytes, stream>>>(p);
     return cudaGetLastError();
   });
 }

@@ -31,29 +31,27 @@ __host__ __device__ inline int num_row_blocks(int num_q_heads, int num_kv_heads,
 // Which blocks a worker takes. Positions count blocks: head_row * blocks + block in the batch, head_row being
 // head * row blocks + row block. Where the heads fit the grid they go in step: one worker a head row reads a
 // range of the batch at the same time, because the heads of a token are neighbours in memory, which DRAM
-// reads together faster. Else all positions are split evenly. All in 32 bits, because divisions of 64 bits
-// take longer than a round trip to the L2; attention_schedule refuses batches of more.
+// reads together faster. Else all positions are split evenly. All in 32 bits and with few divisions: they
+// take longer than a round trip to the L2. attention_schedule refuses batches of more.
+//
+// The grid is (head rows in step or 1, ranges).
+inline dim3 attention_grid(int multiprocessors, int head_rows) {
+  const bool in_step = multiprocessors / head_rows * head_rows * 10 >= multiprocessors * 9;
+  return in_step ? dim3(head_rows, multiprocessors / head_rows) : dim3(1, multiprocessors);
+}
+
 struct WorkSplit {
   int blocks;                // of the batch, for one head row
-  int step;                  // head rows in step, 1 for none
   int ranges, share, extra;  // the first `extra` ranges are one block longer than `share`
 
-  __device__ WorkSplit(int batch_blocks, int head_rows, int grid, int unit_blocks) {
-    blocks = max(0, min(batch_blocks, INT32_MAX / head_rows));
-    step = grid / head_rows * head_rows * 10 >= grid * 9 ? head_rows : 1;
-    const int length = step == 1 ? blocks * head_rows : blocks;
+  __device__ WorkSplit(int batch_blocks, int head_rows, int unit_blocks) {
+    blocks = batch_blocks;
+    const int length = gridDim.x == 1 ? blocks * head_rows : blocks;
     // Never more than units: smaller shares would only make more partial results to merge.
-    ranges = max(1, min(grid / step, ceil_div(length, unit_blocks)));
+    ranges = max(1, min(int(gridDim.y), ceil_div(length, unit_blocks)));
     share = length / ranges, extra = length - share * ranges;
   }
-  __device__ int workers() const { return ranges * step; }
-  // The first position of the worker's head row; positions of ranges count from here.
-  __device__ int origin(int worker) const { return worker % step * blocks; }
-  __device__ int begin(int worker) const {
-    const int range = worker / step;
-    return origin(worker) + range * share + min(range, extra);
-  }
-  __device__ int end(int worker) const { return begin(worker + step); }
+  __device__ int begin(int range) const { return range * share + min(range, extra); }
   __device__ int range_of(int position) const {
     const int longer = extra * (share + 1);
     return position < longer ? position / (share + 1) : extra + (position - longer) / share;
