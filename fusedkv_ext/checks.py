@@ -260,6 +260,17 @@ def rope_key_projection_write(
     _write_side(c, heads, d, x, x.shape[0], q_out, *caches)
 
 
+def rope_norm_backward(grad, heads, positions, cos_sin, norm=None, eps=1e-6, interleaved=False) -> None:
+    c = Checker("rope_norm_backward", grad.device)
+    c.tensor("grad", grad, FLOATS, (None, None, None))
+    d = c.rope(grad.shape[0], positions, cos_sin, {"norm": norm}, grad.dtype)
+    c.expect(grad.shape[2] == d, "grad", f"shape [*, *, {d}]", list(grad.shape))
+    given = [x is not None for x in (heads, norm)]
+    c.expect(all(given) or not any(given), "heads, norm", "both or none of them", given)
+    if heads is not None:
+        c.tensor("heads", heads, (grad.dtype,), tuple(grad.shape))
+
+
 def _fuse_side(c: Checker, name: str, sources, weights, like: Tensor) -> None:
     c.expect(1 <= len(sources) <= 8, f"{name}_sources", "1 to 8 tensors", len(sources))
     c.expect(like.dim() >= 2, f"{name}_sources[0]", "at least 2 dimensions", like.dim())

@@ -23,6 +23,8 @@ SCHEMAS = (
     " Tensor(c!) v_cache, Tensor positions, Tensor cos_sin, Tensor slot_mapping, Tensor? q_norm=None,"
     " Tensor? k_norm=None, float eps=1e-6, Tensor? bias=None, bool interleaved=False,"
     " Tensor? k_scale=None, Tensor? v_scale=None, Tensor(d!)? k_copy=None, Tensor(e!)? v_copy=None) -> ()",
+    "rope_norm_backward(Tensor grad, Tensor? heads, Tensor positions, Tensor cos_sin, Tensor? norm=None,"
+    " float eps=1e-6, bool interleaved=False) -> (Tensor, Tensor)",
     "fuse_kv(Tensor[] k_sources, Tensor[] v_sources, Tensor key_weights, Tensor value_weights)"
     " -> (Tensor, Tensor)",
     "fuse_kv_backward(Tensor grad_k, Tensor grad_v, Tensor[] k_sources, Tensor[] v_sources,"
@@ -42,6 +44,11 @@ def _fake_rope_key_projection(
 ):
     heads, d = checks.rope_key_projection(x, weight, positions, cos_sin, norm, eps, bias, interleaved)
     return x.new_empty(x.shape[0], heads, d)
+
+
+def _fake_rope_norm_backward(grad, heads, positions, cos_sin, norm=None, eps=1e-6, interleaved=False):
+    checks.rope_norm_backward(grad, heads, positions, cos_sin, norm, eps, interleaved)
+    return grad.new_empty(grad.shape), cos_sin.new_empty(0 if norm is None else norm.shape[0])
 
 
 def _fake_fuse_kv(k_sources, v_sources, key_weights, value_weights):
@@ -75,6 +82,7 @@ def _fake_fused_attention(q, *args):
 
 _FAKES = {
     "rope_key_projection": _fake_rope_key_projection,
+    "rope_norm_backward": _fake_rope_norm_backward,
     "fuse_kv": _fake_fuse_kv,
     "fuse_kv_backward": _fake_fuse_kv_backward,
     "attention_schedule": _fake_attention_schedule,
@@ -115,24 +123,18 @@ def _projection_setup(ctx, inputs, output) -> None:
 
 
 def _projection_grad(ctx, grad):
-    """Recompute the product, then differentiate rotation and norm head by head.
-
-    The gradient of a rotation is the rotation by the opposite angle; a scale in the table stays as it is.
-    """
+    """Recompute the heads, differentiate rotation and norm in one pass, and multiply by the library."""
     x, weight, positions, cos_sin, norm, bias = ctx.saved_tensors
-    cos, sin = cos_sin.chunk(2, -1)
-    back = torch.cat((cos, -sin), -1)
-    grad = reference.apply_rope(grad, positions, back, ctx.interleaved)
-    grad_norm = None
+    heads = None
     if norm is not None:
-        heads = torch.nn.functional.linear(x, weight, bias).unflatten(-1, grad.shape[1:]).to(grad.dtype)
-        inverse = torch.rsqrt(heads.square().mean(-1, keepdim=True) + ctx.eps)
-        unit = heads * inverse
-        grad_norm = (grad * unit).sum((0, 1)).to(norm.dtype)
-        grad = grad * norm.to(grad.dtype)
-        grad = inverse * (grad - unit * (grad * unit).mean(-1, keepdim=True))
-    grad = grad.flatten(1).to(x.dtype)
-    grad_bias = None if bias is None else grad.sum(0)
+        heads = torch.nn.functional.linear(x, weight, bias).unflatten(-1, grad.shape[1:])
+    # autograd may pass an expanded gradient, whose last stride is 0
+    grad, grad_norm = torch.ops.fusedkv.rope_norm_backward(
+        grad.contiguous(), heads, positions, cos_sin, norm, ctx.eps, ctx.interleaved
+    )
+    grad_norm = None if norm is None else grad_norm.to(norm.dtype)
+    grad = grad.flatten(1)
+    grad_bias = None if bias is None else grad.sum(0)  # torch adds up in float32
     return grad @ weight, grad.t() @ x, None, None, grad_norm, None, grad_bias, None
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedkv_ext import ops, reference
-from fusedkv_ext.checks import expect
+from fusedkv_ext.checks import HALF, expect
 from fusedkv_ext.config import FUSION_INITS
 from fusedkv_ext.plan import MAX_SOURCES, WEIGHT_KINDS, LayerPlan, WeightKind
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 KeysValues = tuple[Tensor, Tensor]
 QUERY_BLOCK = 512  # query tokens that one explicit mask covers, to bound its memory
 E4M3_MAX = 448.0  # the largest float8_e4m3fn
+FEW_TOKENS = 64  # that rope_key_projection takes by its split contraction
 
 
 class Float32Module(nn.Module):
@@ -280,6 +281,18 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor
     return out.unflatten(2, (groups, num_queries)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
+def projects_in_one_launch(x: Tensor) -> bool:
+    """Whether cached tokens x [T, hidden] take `rope_key_projection`, not a matmul and `rope_write_kv`.
+
+    The fused op saves a launch and a round trip of the heads through memory. Few tokens are bound by reading
+    the weight, which its split contraction does on every GPU; with many, its product keeps up with the
+    library's on Hopper, where it has a kernel for that GPU's matrix units. The CPU has no fused kernel.
+    """
+    if x.device.type != "cuda" or x.dtype not in HALF or x.shape[1] % 8 != 0:
+        return False
+    return x.shape[0] <= FEW_TOKENS or torch.cuda.get_device_capability(x.device)[0] == 9
+
+
 class _Attention(nn.Module):
     def __init__(
         self,
@@ -319,34 +332,44 @@ class _Attention(nn.Module):
         positions = torch.arange(x.shape[1], device=x.device)
         return reference.apply_rope(wide, positions, cos_sin, self.interleaved).to(x.dtype)
 
-    def _rotate_and_write(
+    def _project_and_write(
         self,
-        heads: Tensor,
+        x: Tensor,
+        weight: Tensor,
         num_heads: int,
         cos_sin: Tensor,
         step: PrefillChunk | DecodeStep,
         k_norm: RMSNorm | None = None,
         layer: int | None = None,
     ) -> Tensor | None:
-        """Norm, RoPE and cache write of packed heads [T, num_heads (+ 2 Hkv), D]; return the queries.
+        """Project x [T, hidden] to num_heads (+ 2 Hkv) heads; norm, RoPE, cache write; return the queries.
 
-        layer: the one whose keys and values they hold; None when they are queries only.
+        layer: the one whose keys and values are among them; None when they are queries only.
         """
-        q = heads.new_empty(heads.shape[0], num_heads, self.head_dim) if num_heads else None
+        positions, q_norm = step.positions, None if self.q_norm is None else self.q_norm.weight
+        fused = projects_in_one_launch(x)
+        if fused and layer is None:
+            return ops.rope_key_projection(
+                x, weight, positions, cos_sin, q_norm, self.eps, interleaved=self.interleaved
+            )
+        q = x.new_empty(x.shape[0], num_heads, self.head_dim) if num_heads else None
         caches: dict[str, Tensor | None] = dict(k_cache=None, v_cache=None)
         if layer is not None:
             caches = dict(slot_mapping=step.slot_mapping, **step.cache.write_arguments(layer))
-        ops.rope_write_kv(
-            heads,
-            q,
-            positions=step.positions,
+        arguments = dict(
+            q_out=q,
+            positions=positions,
             cos_sin=cos_sin,
-            q_norm=None if self.q_norm is None else self.q_norm.weight,
+            q_norm=q_norm,
             k_norm=None if k_norm is None else k_norm.weight,
             eps=self.eps,
             interleaved=self.interleaved,
             **caches,
         )
+        if fused:
+            ops.rope_key_projection_write(x, weight, **arguments)
+        else:
+            ops.rope_write_kv(F.linear(x, weight).unflatten(-1, (-1, self.head_dim)), **arguments)
         return q
 
 
@@ -445,16 +468,15 @@ class StorageAttention(_Attention):
 
     def cached(self, x: Tensor, cos_sin: Tensor, step: PrefillChunk | DecodeStep) -> Tensor:
         """Write the keys and values of x [T, hidden] to the step's slots, then attend to the cache."""
-        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
-        q = self._rotate_and_write(heads, self.num_heads, cos_sin, step, self.k_norm, self.layer)
+        weight = self.qkv_proj.weight
+        q = self._project_and_write(x, weight, self.num_heads, cos_sin, step, self.k_norm, self.layer)
         out = step.attend(q, step.cache.own(self.layer), self.window)
         return self.o_proj(out.flatten(1))
 
     def write_kv(self, x: Tensor, cos_sin: Tensor, step: PrefillChunk | DecodeStep) -> None:
         """Only write the keys and values of x [T, hidden]: all that a prompt needs of the last such layer."""
         rows = self.qkv_proj.weight[self.num_heads * self.head_dim :]
-        heads = F.linear(x, rows).unflatten(-1, (-1, self.head_dim))
-        self._rotate_and_write(heads, 0, cos_sin, step, self.k_norm, self.layer)
+        self._project_and_write(x, rows, 0, cos_sin, step, self.k_norm, self.layer)
 
 
 class ReconstructionAttention(_Attention):
@@ -530,8 +552,7 @@ class ReconstructionAttention(_Attention):
 
     def cached(self, x: Tensor, cos_sin: Tensor, step: PrefillChunk | DecodeStep) -> Tensor:
         """Attend from x [T, hidden] to the cache of the source layers, after `bind`."""
-        heads = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
-        q = self._rotate_and_write(heads, self.num_heads, cos_sin, step)
+        q = self._project_and_write(x, self.q_proj.weight, self.num_heads, cos_sin, step)
         return self.o_proj(step.attend(q, step.cache.fused(self)).flatten(1))
 
 

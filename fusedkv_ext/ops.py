@@ -125,7 +125,7 @@ def rope_key_projection(
 ) -> Tensor:
     """Project to heads, normalise each head and rotate it: `rope(norm(x @ weight.T + bias))`.
 
-    Differentiable in x, weight, norm and bias.
+    Differentiable in x, weight, norm and bias: the backward pass is `rope_norm_backward` and matmuls.
 
     Args:
         x: [T, hidden], hidden a multiple of 8.
@@ -191,6 +191,38 @@ def rope_key_projection_write(
         k_copy,
         v_copy,
     )
+
+
+def rope_norm_backward(
+    grad: Tensor,
+    heads: Tensor | None,
+    positions: Tensor,
+    cos_sin: Tensor,
+    norm: Tensor | None = None,
+    eps: float = 1e-6,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `rope(norm(heads))` in one pass, bit-identical from run to run.
+
+    With g the gradient rotated back, u = heads / rms(heads) and w the norm's weight:
+
+        dw = sum over tokens and heads of g * u,   dheads = (w g - u mean(w g u)) / rms(heads)
+
+    and dheads = g without a norm.
+
+    Args:
+        grad: [T, H, D], the gradient of the rotated heads.
+        heads: [T, H, D] of the dtype of grad, before the norm; None without a norm.
+        positions, cos_sin, norm, eps, interleaved: as in `rope_key_projection`.
+
+    Returns:
+        (gradient of heads [T, H, D] in the dtype of grad, that of norm [D] in float32, or float64 for
+        float64; [0] without a norm).
+
+    Raises:
+        ValueError: a device, dtype, shape or stride that does not fit.
+    """
+    return _ops.rope_norm_backward(grad, heads, positions, cos_sin, norm, eps, interleaved)
 
 
 def fuse_kv(

@@ -164,6 +164,29 @@ def rope_key_projection_write(
     )
 
 
+def rope_norm_backward(
+    grad: Tensor,
+    heads: Tensor | None,
+    positions: Tensor,
+    cos_sin: Tensor,
+    norm: Tensor | None = None,
+    eps: float = 1e-6,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    # The transpose of a rotation is the rotation by the opposite angle; a scale in the table stays as it is.
+    cos, sin = cos_sin.chunk(2, -1)
+    wide = apply_rope(grad, positions, torch.cat((cos, -sin), -1), interleaved)
+    if norm is None:
+        return wide.to(grad.dtype).contiguous(), cos_sin.new_empty(0)
+    x = _wide(heads)
+    inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    unit = x * inverse
+    grad_norm = (wide * unit).sum((0, 1))
+    wide = wide * norm.to(wide.dtype)
+    grad_heads = inverse * (wide - unit * (wide * unit).mean(-1, keepdim=True))
+    return grad_heads.to(grad.dtype).contiguous(), grad_norm
+
+
 def _mix(sources: Sequence[Tensor], weights: Tensor | None) -> Tensor:
     if weights is None:
         return sum(_wide(s) for s in sources)

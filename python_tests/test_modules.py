@@ -16,7 +16,14 @@ from fusedkv_ext import (
     StorageAttention,
     reference,
 )
-from fusedkv_ext.modules import RMSNorm, SwiGLU, causal_attention, initialise_fusion, rope_table
+from fusedkv_ext.modules import (
+    RMSNorm,
+    SwiGLU,
+    causal_attention,
+    initialise_fusion,
+    projects_in_one_launch,
+    rope_table,
+)
 
 HKV, D = 2, 16
 
@@ -225,6 +232,49 @@ class Rounded(nn.Module):
 
     def forward(self, x, cos_sin):
         return quantised.run_layers(self.model.layers, x, cos_sin, (0, 1), self.mode)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("fp8_sources", ["none", *quantised.MODES])
+def test_projecting_in_one_launch_changes_nothing(monkeypatch, fp8_sources, interleaved):
+    """Both ways of projecting give the same, also for a prompt of which the last layer needs no queries."""
+    made = TwoLayers(interleaved=interleaved).double()
+    table, x = rope_table(D, 64).double(), torch.randn(10, 32).double()
+    plan = tiny.CrossLayerPlan("own", (LayerPlan((0,), (0,)), LayerPlan((1,), (1,)), PLAN))
+    config = tiny.config(plan, num_layers=3, num_kv_heads=HKV, head_dim=D)
+
+    @torch.no_grad()
+    def run(one_launch):
+        monkeypatch.setattr("fusedkv_ext.modules.projects_in_one_launch", lambda x: one_launch)
+        cache = PagedKVCache(config, 4, page_size=4, dtype=torch.float64, fp8_sources=fp8_sources)
+        rows = cache.add([12])
+        for layer in made.layers:
+            layer.bind(cache, table)
+        step = cache.prefill_chunk(rows, [9])
+        made.layers[1].write_kv(made.layers[0].cached(x[:9], table, step), table, step)
+        cache.advance(rows, [9])
+        step, h = cache.decode_step(torch.tensor(rows)), x[9:]
+        for layer in made.layers:
+            h = layer.cached(h, table, step)
+        slots = cache.block_table[0, :3].long()
+        pools = (cache.keys, cache.values, cache.key_copies, cache.value_copies)
+        return [h.double(), *(pool[i][slots].double().flatten(0, 1)[:10] for pool in pools for i in pool)]
+
+    for one, two in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+
+
+def test_no_fused_projection_where_there_is_no_kernel():
+    assert not projects_in_one_launch(torch.zeros(1, 64))
+    assert not projects_in_one_launch(torch.zeros(1, 64, dtype=torch.bfloat16))
+
+
+@pytest.mark.cuda
+def test_few_tokens_are_projected_in_one_launch():
+    x = torch.zeros(65, 72, device="cuda", dtype=torch.bfloat16)
+    assert projects_in_one_launch(x[:64])
+    assert projects_in_one_launch(x) == (torch.cuda.get_device_capability()[0] == 9)
+    assert not projects_in_one_launch(x.float()) and not projects_in_one_launch(x[:, :71])
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

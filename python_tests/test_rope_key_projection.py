@@ -127,8 +127,20 @@ def check_write(inputs: dict, call=ops.rope_key_projection_write) -> None:
         assert_close_2x(inputs[name], want, rounded[name].to(inputs[name].dtype))
 
 
-# Every tile height of the kernel, ragged tiles, and contractions shorter and longer than its ring of stages.
-SHAPES = [(1, 8), (7, 72), (16, 1000), (17, 600), (33, 256), (129, 1000), (300, 72)]
+# Every tile height of the kernels, ragged tiles, contractions that are shorter and longer than their rings of
+# stages, in one part and in many.
+SHAPES = [
+    (1, 8),
+    (1, 3000),
+    (7, 72),
+    (8, 600),
+    (16, 1000),
+    (17, 600),
+    (33, 256),
+    (64, 1000),
+    (129, 1000),
+    (300, 72),
+]
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -235,8 +247,9 @@ def test_write_equals_plain_and_then_write_kv(device):
         assert torch.equal(again[name].float().nan_to_num(9.0), inputs[name].float().nan_to_num(9.0))
 
 
-def test_two_runs_are_identical(device):
-    inputs = make_plain(device, tokens=300)
+@pytest.mark.parametrize(("tokens", "hidden"), [(1, 2048), (20, 1000), (64, 1000), (300, 72)])
+def test_two_runs_are_identical(device, tokens, hidden):
+    inputs = make_plain(device, tokens=tokens, hidden=hidden)
     first, second = (ops.rope_key_projection(**inputs).view(torch.int16) for _ in range(2))
     assert torch.equal(first, second)
 

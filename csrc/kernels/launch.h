@@ -13,8 +13,11 @@ namespace fusedkv {
 cudaError_t run_write_kv(const WriteKvParams& params, cudaStream_t stream);
 cudaError_t run_rope_write_kv(const RopeWriteKvParams& params, cudaStream_t stream);
 cudaError_t run_rope_key_projection(const RopeKeyProjectionParams& params, cudaStream_t stream);
-cudaError_t run_fuse_kv(const FuseKvParams& params, cudaStream_t stream);
 
+size_t rope_norm_backward_workspace_bytes(const RopeNormBackwardParams& params);
+cudaError_t run_rope_norm_backward(const RopeNormBackwardParams& params, cudaStream_t stream);
+
+cudaError_t run_fuse_kv(const FuseKvParams& params, cudaStream_t stream);
 size_t fuse_kv_backward_workspace_bytes(const FuseKvBackwardParams& params);
 cudaError_t run_fuse_kv_backward(const FuseKvBackwardParams& params, cudaStream_t stream);
 

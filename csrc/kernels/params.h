@@ -85,6 +85,18 @@ struct RopeKeyProjectionParams {
   HeadOutputs heads;
 };
 
+// The gradient through norm and RoPE of projected heads, all of one kind and with one norm.
+struct RopeNormBackwardParams {
+  DType dtype;
+  int64_t num_tokens;
+  const void* grad;       // [T, H, D], heads and channels contiguous: of the rotated heads
+  const void* projected;  // likewise: the heads before the norm; only used with one
+  int64_t grad_token_stride, projected_token_stride;
+  HeadOutputs heads;  // as for H query heads; q_out takes the gradient of `projected`
+  float* grad_norm;   // [D]; only used with a norm
+  void* workspace;    // rope_norm_backward_workspace_bytes(params) bytes
+};
+
 // One side (keys or values) of fuse_kv: out = sum_s weights[s] * sources[s], channel by channel.
 struct FuseSide {
   int num_sources;                   // 1 .. kMaxSources

@@ -34,6 +34,11 @@ void rope_key_projection_write(const at::Tensor& x, const at::Tensor& weight, co
                                bool interleaved, const OptionalTensor& k_scale, const OptionalTensor& v_scale,
                                const OptionalTensor& k_copy, const OptionalTensor& v_copy);
 
+std::tuple<at::Tensor, at::Tensor> rope_norm_backward(const at::Tensor& grad, const OptionalTensor& heads,
+                                                      const at::Tensor& positions, const at::Tensor& cos_sin,
+                                                      const OptionalTensor& norm, double eps,
+                                                      bool interleaved);
+
 std::tuple<at::Tensor, at::Tensor> fuse_kv(at::TensorList k_sources, at::TensorList v_sources,
                                            const at::Tensor& key_weights, const at::Tensor& value_weights);
 

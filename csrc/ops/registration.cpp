@@ -9,6 +9,7 @@ TORCH_LIBRARY_IMPL(fusedkv, CUDA, m) {
   m.impl("rope_write_kv", &fusedkv::ops::rope_write_kv);
   m.impl("rope_key_projection", &fusedkv::ops::rope_key_projection);
   m.impl("rope_key_projection_write", &fusedkv::ops::rope_key_projection_write);
+  m.impl("rope_norm_backward", &fusedkv::ops::rope_norm_backward);
   m.impl("fuse_kv", &fusedkv::ops::fuse_kv);
   m.impl("fuse_kv_backward", &fusedkv::ops::fuse_kv_backward);
   m.impl("attention_schedule", &fusedkv::ops::attention_schedule);

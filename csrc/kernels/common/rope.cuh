@@ -79,6 +79,7 @@ struct HeadNorm {
   bool is_given;
   RawPart<T, D> weights;
 
+  HeadNorm() = default;
   __device__ __forceinline__ HeadNorm(const HeadOutputs& p, HeadKind kind, int lane) {
     const void* norm = kind == HeadKind::kQuery ? p.q_norm : p.k_norm;
     is_given = norm != nullptr && kind != HeadKind::kValue;
@@ -86,16 +87,27 @@ struct HeadNorm {
   }
 };
 
-// Over the channels of a head. Every lane of the warp must call this, except for those that have exited.
+// Over this lane's channels.
 template <int D>
-__device__ __forceinline__ float mean_of_squares(HeadPart<D>& head) {
+__device__ __forceinline__ float sum_of_squares(HeadPart<D>& head) {
   float even = 0.f, odd = 0.f;
 #pragma unroll
   for (int i = 0; i < 16; i += 2) even += head[i] * head[i], odd += head[i + 1] * head[i + 1];
-  float sum = even + odd;
+  return even + odd;
+}
+
+// Over `lanes` neighbouring lanes; each of them gets it.
+template <int lanes>
+__device__ __forceinline__ float sum_over_lanes(float sum) {
 #pragma unroll
-  for (int step = HeadPart<D>::kLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-  return sum / D;
+  for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  return sum;
+}
+
+// Over the channels of a head. Every lane of the warp must call this, except for those that have exited.
+template <int D>
+__device__ __forceinline__ float mean_of_squares(HeadPart<D>& head) {
+  return sum_over_lanes<HeadPart<D>::kLanes>(sum_of_squares(head)) / D;
 }
 
 // Calls f(i, a, b) for the lane's pairs i of channels a and b.
@@ -115,6 +127,7 @@ template <int D>
 struct HeadAngles {
   Vec8 cos, sin;
 
+  HeadAngles() = default;
   __device__ __forceinline__ HeadAngles(const HeadOutputs& p, HeadKind kind, int64_t position, int lane) {
     if (position < 0 || kind == HeadKind::kValue) {
 #pragma unroll
@@ -162,13 +175,17 @@ struct HeadStore {
   // slot: of the token, or -1; only keys and values use it.
   __device__ __forceinline__ HeadStore(const HeadOutputs& p, HeadId head, int64_t token, int64_t slot,
                                        int lane)
+      : HeadStore(p, head, token, CacheRow(p.cache, head.kind == HeadKind::kQuery ? -1 : slot), lane) {}
+
+  // The same for a slot that has been taken apart.
+  __device__ __forceinline__ HeadStore(const HeadOutputs& p, HeadId head, int64_t token, const CacheRow& row,
+                                       int lane)
       : to(nullptr), full(nullptr), scale(nullptr), stride(0), full_stride(0), is_e4m3(false) {
     if (head.kind == HeadKind::kQuery) {
       stride = D * sizeof(T);
       to = static_cast<char*>(p.q_out) + ((token * p.num_q_heads + head.index) * D + 8 * lane) * sizeof(T);
       return;
     }
-    const CacheRow row(p.cache, slot);
     if (!row.is_inside()) return;
     const bool is_value = head.kind == HeadKind::kValue;
     const auto place = [&](const PagedCache& cache, int element, char*& at, int64_t& head_stride) {
@@ -191,6 +208,13 @@ struct HeadStore {
     if (scale != nullptr) scale += D;
   }
 
+  // To the channels that many further on in a head that is stored.
+  __device__ __forceinline__ void skip_channels(int count) {
+    to += is_e4m3 ? count : count * sizeof(T);
+    if (full != nullptr) full += count * sizeof(T);
+    if (scale != nullptr) scale += count;
+  }
+
   __device__ __forceinline__ void store(HeadPart<D>& part) const {
     if (full != nullptr) part.store(reinterpret_cast<T*>(full));
     if (scale != nullptr) {
@@ -206,13 +230,18 @@ struct HeadStore {
   }
 };
 
-// What the norm multiplies a head by, apart from its weights. Every lane of the warp must call this, except
-// for those that have exited.
+// What the norm multiplies a head by, apart from its weights.
+template <class T, int D>
+__device__ __forceinline__ float norm_scale(const HeadOutputs& p, float mean_of_squares,
+                                            const HeadNorm<T, D>& norm) {
+  return norm.is_given ? rsqrtf(mean_of_squares + p.eps) : 1.f;
+}
+
+// The same from the lanes' parts. Every lane of the warp must call this, except for those that have exited.
 template <class T, int D>
 __device__ __forceinline__ float norm_scale(const HeadOutputs& p, HeadPart<D> part,
                                             const HeadNorm<T, D>& norm) {
-  const float mean = mean_of_squares(part);
-  return norm.is_given ? rsqrtf(mean + p.eps) : 1.f;
+  return norm_scale(p, mean_of_squares(part), norm);
 }
 
 // Norm, rotation and store of one head.

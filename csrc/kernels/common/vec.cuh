@@ -80,7 +80,8 @@ struct Vec8 {
 
   template <class T>
   __device__ __forceinline__ static Vec8 load(const T* p) {
-    return unpack<T>(*reinterpret_cast<const Bits8<T>*>(p));
+    const Bits8<T> bits = *reinterpret_cast<const Bits8<T>*>(p);  // by value, else memcpy may load bytes
+    return unpack<T>(bits);
   }
 
   __device__ __forceinline__ static Vec8 load(const float* p) {

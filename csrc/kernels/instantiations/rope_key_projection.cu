@@ -4,12 +4,23 @@
 namespace fusedkv {
 
 template <class T, int D>
+cudaError_t launch_few_tokens(const RopeKeyProjectionParams& params, cudaStream_t stream);
+template <class T, int D>
+bool has_hopper_kernel();
+template <class T, int D>
+cudaError_t launch_hopper(const RopeKeyProjectionParams& params, cudaStream_t stream);
+template <class T, int D>
 cudaError_t launch_rope_key_projection(const RopeKeyProjectionParams& params, cudaStream_t stream);
 
 cudaError_t run_rope_key_projection(const RopeKeyProjectionParams& params, cudaStream_t stream) {
   return dispatch_half(params.dtype, [&](auto t) {
     return dispatch_head_dim(params.heads.head_dim, [&](auto d) {
-      return launch_rope_key_projection<typename decltype(t)::type, decltype(d)::value>(params, stream);
+      using T = typename decltype(t)::type;
+      constexpr int D = decltype(d)::value;
+      // Up to here reading the weight takes longer than multiplying with it.
+      if (params.num_tokens <= 64) return launch_few_tokens<T, D>(params, stream);
+      if (has_hopper_kernel<T, D>()) return launch_hopper<T, D>(params, stream);
+      return launch_rope_key_projection<T, D>(params, stream);
     });
   });
 }

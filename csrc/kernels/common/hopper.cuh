@@ -1,0 +1,191 @@
+// Hopper's own instructions, one wrapper each: mbarriers, bulk tensor copies (TMA), and the matrix product of
+// a warpgroup (wgmma). Only code under __CUDA_ARCH_FEAT_SM90_ALL may call them.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "mma.cuh"
+
+namespace fusedkv {
+
+// --------------------------------------------------------------------------------------------- mbarriers
+
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Makes the inits of this thread visible to the cluster and to the copy engine.
+__device__ __forceinline__ void fence_mbarrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Arrives, and makes the phase wait for that many bytes of copies too.
+__device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
+// Arrives at the barrier that has this address in the shared memory of CTA `rank` of the cluster.
+__device__ __forceinline__ void mbarrier_arrive_at(uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+
+// Returns when the phase of this parity has ended; at once for parity 1 of a barrier that has seen none.
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+  uint32_t ended;
+  do {
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                 : "=r"(ended)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+  } while (!ended);
+}
+
+// -------------------------------------------------------------------------------------------- warpgroups
+
+// Warpgroups hand registers to one another: all warps of one must call these.
+template <int registers>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
+}
+template <int registers>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
+}
+
+// Named barriers 1 to 15, for `threads` threads in all; 0 is that of __syncthreads().
+__device__ __forceinline__ void named_barrier_arrive(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void named_barrier_wait(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// ------------------------------------------------------------------------------------------ bulk copies
+
+// map: a __grid_constant__ parameter of the kernel.
+__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// Copies the box at these coordinates, innermost first; what lies outside of the tensor becomes zeros. The
+// barrier's current phase counts the bytes of the whole box.
+__device__ __forceinline__ void copy_box_2d(uint32_t smem, const CUtensorMap& map, uint32_t barrier, int x,
+                                            int y) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
+      "%4}], "
+      "[%2];" ::"r"(smem),
+      "l"(&map), "r"(barrier), "r"(x), "r"(y)
+      : "memory");
+}
+
+// The same in five dimensions, to the first `ctas` CTAs of the cluster: to the same address of each, counted
+// by the barrier at the same address of each.
+template <int ctas>
+__device__ __forceinline__ void copy_box_5d(uint32_t smem, const CUtensorMap& map, uint32_t barrier, int x0,
+                                            int x1, int x2, int x3, int x4) {
+  if constexpr (ctas == 1) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(smem),
+        "l"(&map), "r"(barrier), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(x4)
+        : "memory");
+  } else {
+    const uint16_t mask = (1 << ctas) - 1;
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(smem),
+        "l"(&map), "r"(barrier), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(x4), "h"(mask)
+        : "memory");
+  }
+}
+
+// ------------------------------------------------------------------------------------------------- wgmma
+
+// Rows of 64 16-bit elements as a copy with the 128-byte swizzle leaves them: 1024 bytes every eight rows, at
+// an address that is a multiple of 1024. Columns 16 and on are at the descriptor + 2, and so forth: the
+// swizzle is a function of the address, so that a matrix may start inside it.
+__device__ __forceinline__ uint64_t wgmma_matrix(uint32_t smem) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{1024 >> 4} << 32;
+  constexpr uint64_t kUnused = uint64_t{1} << 16;  // the other stride: the swizzle implies it
+  return kSwizzle128 | kEightRows | kUnused | smem >> 4;
+}
+
+// The tensor cores own the accumulators from this fence until wgmma_wait.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Waits until at most `groups` committed groups are unfinished.
+template <int groups>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(groups) : "memory");
+}
+
+// Keeps arithmetic on the accumulators, which nothing ties to a wait, behind it.
+template <int count>
+__device__ __forceinline__ void fence_registers(float (&d)[count]) {
+#pragma unroll
+  for (int i = 0; i < count; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// The operands' numbers and the operands of 64 x 128 and 64 x 256 accumulators.
+// clang-format off
+#define FUSEDKV_REGISTERS_64 \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
+  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31," \
+  "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
+  "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define FUSEDKV_REGISTERS_128 \
+  FUSEDKV_REGISTERS_64 "," \
+  "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79," \
+  "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95," \
+  "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111," \
+  "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define FUSEDKV_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define FUSEDKV_16(d, i) FUSEDKV_4(d, i), FUSEDKV_4(d, i + 4), FUSEDKV_4(d, i + 8), FUSEDKV_4(d, i + 12)
+#define FUSEDKV_64(d, i) FUSEDKV_16(d, i), FUSEDKV_16(d, i + 16), FUSEDKV_16(d, i + 32), FUSEDKV_16(d, i + 48)
+#define FUSEDKV_128(d, i) FUSEDKV_64(d, i), FUSEDKV_64(d, i + 64)
+#define FUSEDKV_WGMMA(columns, type, numbers, a_number, b_number, accumulate_number, accumulators)       \
+  asm volatile("{.reg .pred p; setp.ne.b32 p, " accumulate_number ", 0;"                                 \
+               "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" numbers "}, "   \
+               a_number ", " b_number ", p, 1, 1, 0, 0;}"                                                \
+               : accumulators : "l"(a), "l"(b), "r"(accumulate))
+// clang-format on
+
+// d[64 x 2 * count] (+)= a[64 x 16] * b[2 * count x 16]^T, asynchronously, by a warpgroup; overwrites d when
+// `accumulate` is 0. Warp w holds rows 16w to 16w + 15; d[4 * j + c] is what mma_16x8x16 calls c[c] of
+// columns 8j to 8j + 7.
+template <class T, int count>
+__device__ __forceinline__ void wgmma_64x16(float (&d)[count], uint64_t a, uint64_t b, int accumulate) {
+  static_assert(count == 64 || count == 128);
+  constexpr bool is_f16 = std::is_same_v<T, f16>;
+  if constexpr (count == 64 && is_f16) {
+    FUSEDKV_WGMMA("128", "f16", FUSEDKV_REGISTERS_64, "%64", "%65", "%66", FUSEDKV_64(d, 0));
+  } else if constexpr (count == 64) {
+    FUSEDKV_WGMMA("128", "bf16", FUSEDKV_REGISTERS_64, "%64", "%65", "%66", FUSEDKV_64(d, 0));
+  } else if constexpr (is_f16) {
+    FUSEDKV_WGMMA("256", "f16", FUSEDKV_REGISTERS_128, "%128", "%129", "%130", FUSEDKV_128(d, 0));
+  } else {
+    FUSEDKV_WGMMA("256", "bf16", FUSEDKV_REGISTERS_128, "%128", "%129", "%130", FUSEDKV_128(d, 0));
+  }
+}
+
+#undef FUSEDKV_WGMMA
+#undef FUSEDKV_128
+#undef FUSEDKV_64
+#undef FUSEDKV_16
+#undef FUSEDKV_4
+#undef FUSEDKV_REGISTERS_128
+#undef FUSEDKV_REGISTERS_64
+
+}  // namespace fusedkv

@@ -1,0 +1,61 @@
+// Programmatic dependent launch: a kernel starts while the one before it in the stream still runs, and does
+// early what depends on nobody's result: it fetches its instructions and asks the L2 for what it will read.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <utility>
+
+namespace fusedkv {
+
+// Returns when all kernels before this one have ended and their writes are visible. A kernel that
+// launch_overlapping() launches calls it in every thread before it reads or writes device memory; prefetches
+// to the L2 may come earlier, because nobody sees what they brought but through a later load.
+__device__ __forceinline__ void wait_for_previous_kernels() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel start, if it was launched to overlap, as soon as all CTAs of this one have said so or
+// have ended and there is room for it on an SM.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Asks the L2 for the 128 bytes that the address lies in.
+__device__ __forceinline__ void prefetch_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
+// Reads past the L1, which may keep what was read before wait_for_previous_kernels().
+__device__ __forceinline__ int load_from_l2(const int* p) {
+  int x;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+  return x;
+}
+
+// Launches a kernel that waits by itself for those before it.
+template <class... Params, class... Args>
+cudaError_t launch_overlapping(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
+                               cudaStream_t stream, Args&&... args) {
+  // Code for an older GPU, compiled for this one by the driver, does not wait.
+  cudaFuncAttributes compiled;
+  const cudaError_t error = cudaFuncGetAttributes(&compiled, kernel);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = compiled.ptxVersion >= 90;
+  return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
+}
+
+}  // namespace fusedkv
