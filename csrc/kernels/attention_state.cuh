@@ -376,7 +376,9 @@ struct ItemOutput {
 template <class S>
 __device__ __noinline__ void combine(const float* parts, int count, int rows, float* partial,
                                      ItemOutput output) {
-  static_assert(S::D / 4 <= 32, "the threads of a row are one warp's");
+  constexpr int kRowThreads = S::D / 4;
+  static_assert(kRowThreads <= 32, "the threads of a row are one warp's");
+  const uint32_t row_threads = ~0u >> (32 - kRowThreads) << threadIdx.x % 32 / kRowThreads * kRowThreads;
 #pragma unroll 1
   for (int i = threadIdx.x; i < rows * (S::D / 4); i += S::kThreads) {
     const int row = i / (S::D / 4), channel = i % (S::D / 4) * 4;
@@ -394,7 +396,7 @@ __device__ __noinline__ void combine(const float* parts, int count, int rows, fl
       x[0] += weight * y.x, x[1] += weight * y.y, x[2] += weight * y.z, x[3] += weight * y.w;
     }
     if (partial) {
-      __syncwarp();  // all have read the first part
+      __syncwarp(row_threads);  // all have read the first part
       *reinterpret_cast<float4*>(partial + in_part + channel) = make_float4(x[0], x[1], x[2], x[3]);
       if (channel == 0) *reinterpret_cast<float2*>(partial + in_part + S::D) = make_float2(max, sum);
       continue;

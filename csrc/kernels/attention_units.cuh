@@ -1,5 +1,5 @@
-// Where a worker of fused_attention is in its range of blocks, and how it brings units of them, queries and
-// fusion weights into shared memory.
+// Where a worker of fused_attention is in its intervals of blocks, and how it brings units of them, queries
+// and fusion weights into shared memory.
 #pragma once
 
 #include <cmath>
@@ -11,6 +11,8 @@ namespace fusedkv {
 
 constexpr int kMaxStages = 6;
 constexpr int kRingAlignment = 256;  // the widest row
+static_assert(kTailMinUnits * (16 - kTailSixteenths) / 16 > kMaxStages,
+              "the first unit is there, and with it the sequences, before a chunk is looked for");
 
 // What the kernel gets: the op's arguments, and what the host derives from them once.
 struct AttentionParams : FusedAttentionParams {
@@ -45,6 +47,10 @@ struct AttentionShape {
   static constexpr int kTeamTokens = kTeamWarps * kSliceTokens;
   static constexpr int kStepTokens = kTeamTokens < 32 ? 16 : 32;  // that one step of the softmax takes
   static constexpr int kPlaneBytes = kUnitTokens * kRowBytes;     // of one source in a unit
+  // More rows than one warp has are bound by more than memory, and their partial results are large.
+  static constexpr bool kHasTail = kRows <= 16;
+  static constexpr int kMaxSharedItems = kHasTail ? 2 + 2 * kMaxClaims : 2;
+  static_assert(kMaxSharedItems <= 32, "a lane counts the worker in at one of them");
   // A stage holds the planes of a unit and, where an item begins, its query rows and fusion weights.
   static constexpr int kQueryOffset = 2 * kSources * kPlaneBytes,
                        kWeightOffset = kQueryOffset + kRows * D * 2;
@@ -77,6 +83,48 @@ struct SequenceInfo {
   __device__ static SequenceInfo load(const AttentionParams& p, int seq) {
     return {p.schedule[seq], p.schedule[seq + 1], p.seq_lens[seq]};
   }
+};
+
+// The batch in shared memory, for chunks: there is no time to wait for it behind the copies of the ring.
+template <int max_batch>
+struct SequenceTable {
+  int begins[max_batch + 1], lengths[max_batch + 1];
+
+  // Asks for it; it is there with the copies of the first unit.
+  __device__ void copy(const AttentionParams& p) {
+    for (int i = threadIdx.x; i <= p.batch; i += blockDim.x) {
+      cp_async_4(smem_address(begins + i), p.schedule + i);
+      if (i < p.batch) cp_async_4(smem_address(lengths + i), p.seq_lens + i);
+    }
+  }
+};
+
+// An item of which this worker has left a partial result in the slots of some interval. The parts are those
+// of `parts` intervals; the first has number first_place.
+struct SharedItem {
+  int seq, head, row_block, first_place, parts;
+};
+
+// What a warp needs to know about a unit when it gets to it.
+struct alignas(16) Unit {
+  static constexpr int kWhole = -1;
+  int seq, head, row_block;
+  int start;   // position of its first token
+  int length;  // of the sequence
+  int slot;    // of the workspace that the item's partial result goes to, or kWhole
+  bool last;   // of its item in this interval
+};
+
+template <class S>
+struct AttentionControl {
+  alignas(4) uint8_t visible[kMaxStages][S::kUnitTokens / 8];  // one bit a token: it may be seen
+  Unit units[kMaxStages][S::kWarps];
+  float value_weights[S::kSources][S::D];  // of the item
+  SharedItem shared_items[S::kMaxSharedItems];
+  // What the worker has claimed, in its order: the numbers of chunks, then kNothingLeft.
+  static constexpr int kUnknown = -2, kNothingLeft = -1;
+  int claims[kMaxClaims + 1];
+  SequenceTable<S::kHasTail ? kMaxTailBatch : 0> sequences;
 };
 
 // A place in the order of blocks. Like every number in device memory the schedule is not trusted: with any
@@ -112,6 +160,19 @@ struct BlockCursor {
       if (found < 32 || base >= p.batch) break;
       info = SequenceInfo::load(p, min(base + lane, p.batch - 1));
     }
+    place(p, head_row, at, own);
+  }
+
+  template <int max_batch>
+  __device__ void seek(const AttentionParams& p, int head_row, int at, const SequenceTable<max_batch>& table) {
+    int found = 0;
+#pragma unroll 1
+    for (int i = threadIdx.x % 32; i < p.batch; i += 32) found += table.begins[i] <= at;
+    seq = max(int(__reduce_add_sync(~0u, found)) - 1, 0);
+    place(p, head_row, at, {table.begins[seq], table.begins[seq + 1], table.lengths[seq]});
+  }
+
+  __device__ void place(const AttentionParams& p, int head_row, int at, const SequenceInfo& own) {
     enter_sequence(p, own);
     head_row = min(head_row, p.num_kv_heads * p.row_blocks - 1);
     head = head_row, row_block = 0;
@@ -130,7 +191,7 @@ struct BlockCursor {
     if (p.batch > 1) enter_sequence(p, SequenceInfo(next));  // a copy, because it overwrites `next`
   }
 
-  // Blocks of the unit here: up to the end of the item and of the worker's range.
+  // Blocks of the unit here: up to the end of the item and of the interval.
   template <class S>
   __device__ int unit_blocks(int left) const {
     return min(min(S::kUnitBlocks, blocks - block), left);
@@ -138,36 +199,117 @@ struct BlockCursor {
 };
 
 // Loads one warp's slice of each unit. An ordinary load returns after the asynchronous copies that were
-// issued before it, however near its data is; so what the next unit needs (its pages, the next sequence) is
-// asked for before the copies of this one, and queries and weights are copied with their unit.
+// issued before it, however near its data is; so what the next unit needs (its pages, the next sequence, the
+// next chunk) is asked for before the copies of this one, and queries and weights are copied with their unit.
 template <class S>
 struct UnitLoader {
   using C = typename S::C;
-  BlockCursor at;
-  int left;              // blocks
-  bool new_item = true;  // the unit is the first of its item, or of the worker
-  int page, offset_in_page;
+  using Control = AttentionControl<S>;
+  int left;  // blocks of the interval; 0 when there is nothing more to load
 
-  __device__ UnitLoader(const AttentionParams& p, const BlockCursor& start, int blocks)
-      : at(start), left(blocks) {
-    look_up(p);
+  // Starts with the worker's range. `first_sequences`: see BlockCursor::seek.
+  __device__ UnitLoader(const AttentionParams& p, const WorkSplit& split, const SequenceInfo& first_sequences) {
+    enter(p, split, blockIdx.y, blockIdx.x, first_sequences);
   }
 
   // Issues the copies of the unit here and moves to the next.
-  __device__ __forceinline__ void load_unit(const AttentionParams& p, char* stage, uint8_t* visible) {
+  __device__ __forceinline__ void load_unit(const AttentionParams& p, const WorkSplit& split, Control& control,
+                                            char* ring, int stage) {
+    if (new_item) slot = item_slot(p);
     const UnitLoader unit = *this;
     const uint32_t mask = __ballot_sync(~0u, index_is_inside(page, p.cache.num_pages));
     const int count = at.unit_blocks<S>(left);
+    if (split.chunks > 0) claim(p, count);
     left -= count;
     if (left > 0) {
       at.advance(p, count);
       new_item = at.block == 0;
       look_up(p);
+    } else if (split.chunks > 0) {
+      enter_claimed(p, split, control);
     }
-    unit.issue(p, stage, visible, mask);
+    unit.issue(p, control.visible[stage], ring + stage * S::kStageBytes, mask);
+    // While the copies are under way.
+    if (threadIdx.x % 32 == 0) {
+      const bool last = unit.at.block + count == unit.at.blocks || count == unit.left;
+      control.units[stage][threadIdx.x / 32] = {unit.at.seq,     unit.at.head,   unit.at.row_block,
+                                                unit.at.start(), unit.at.length, unit.slot, last};
+    }
+    if (unit.new_item && unit.slot != Unit::kWhole) {
+      if (threadIdx.x == 0) control.shared_items[shared_items] = unit.shared_item(p, split);
+      ++shared_items;
+    }
   }
 
  private:
+  BlockCursor at;
+  int interval;   // that the unit is in
+  bool new_item;  // the unit is the first of its item, or of the interval
+  int slot;       // of the item: see Unit
+  int page, offset_in_page;
+  int shared_items = 0;                 // so far
+  int claims = 0;                       // that have been answered
+  int claimed = Control::kNothingLeft;  // thread 0: what the next one brings
+
+  // The head row that shares its range with others, or 0: see attention_grid().
+  __device__ int column(const AttentionParams& p) const {
+    return gridDim.x > 1 ? at.head * p.row_blocks + at.row_block : 0;
+  }
+
+  // To the beginning of an interval. `sequences` is what the cursor seeks in.
+  template <class Sequences>
+  __device__ __forceinline__ void enter(const AttentionParams& p, const WorkSplit& split, int new_interval,
+                                        int column, const Sequences& sequences) {
+    interval = new_interval;
+    int begin = split.begin(interval), head_row = column;
+    left = split.begin(interval + 1) - begin;
+    if (gridDim.x == 1 && p.num_kv_heads * p.row_blocks > 1) {
+      head_row = begin / split.blocks;
+      begin -= head_row * split.blocks;
+    }
+    at.seek(p, head_row, begin, sequences);
+    new_item = true;
+    look_up(p);
+  }
+
+  // Asks for the next chunk, before the last unit or units of this interval. The answer comes before the last.
+  __device__ void claim(const AttentionParams& p, int count) {
+    const bool now = left > S::kUnitBlocks && left - count <= S::kUnitBlocks;
+    if (now && claims < kMaxClaims && threadIdx.x == 0) claimed = count_claim(p.claim_counter());
+  }
+
+  // Tells all warps what thread 0 has claimed. None waits for long: before the next barrier all get here.
+  __device__ void enter_claimed(const AttentionParams& p, const WorkSplit& split, Control& control) {
+    int& shared = control.claims[claims++];
+    if (threadIdx.x == 0) {
+      const bool inside = unsigned(claimed) < split.chunks * gridDim.x;
+      store(shared, inside ? claimed : Control::kNothingLeft);
+      claimed = Control::kNothingLeft;
+    }
+    __syncwarp();
+    int chunk = Control::kUnknown;
+    while (chunk == Control::kUnknown) chunk = load(shared);
+    __syncwarp();
+    // Neighbouring chunks are the same tokens of the heads that go in step.
+    if (chunk != Control::kNothingLeft) {
+      enter(p, split, split.ranges + chunk / gridDim.x, chunk % gridDim.x, control.sequences);
+    }
+  }
+
+  // Where the partial result of the item goes. An interval has at most two: of the item that it begins in,
+  // and of the one that it ends in.
+  __device__ int item_slot(const AttentionParams& p) const {
+    const bool begins = at.block == 0, ends = at.blocks - at.block <= left;
+    return begins && ends ? Unit::kWhole : 2 * (interval * int(gridDim.x) + column(p)) + begins;
+  }
+
+  // Of the first unit of an item that this interval shares with others.
+  __device__ SharedItem shared_item(const AttentionParams& p, const WorkSplit& split) const {
+    const int begin = max(0, split.begin(interval + 1) - left - at.block);
+    const int first = split.interval_of(begin), last = split.interval_of(begin + at.blocks - 1);
+    return {at.seq, at.head, at.row_block, first * int(gridDim.x) + column(p), last - first + 1};
+  }
+
   __device__ void look_up(const AttentionParams& p) {
     const int token = threadIdx.x / 32 * S::kSliceTokens + threadIdx.x % S::kSliceTokens;
     const unsigned position = at.start() + token, page_size = p.cache.page_size;
@@ -179,7 +321,7 @@ struct UnitLoader {
     if (inside) page = p.block_table[at.seq * p.block_table_stride + entry];
   }
 
-  __device__ __forceinline__ void issue(const AttentionParams& p, char* stage, uint8_t* visible,
+  __device__ __forceinline__ void issue(const AttentionParams& p, uint8_t* visible, char* stage,
                                         uint32_t mask) const {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int64_t head = at.head;

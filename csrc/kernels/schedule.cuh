@@ -3,8 +3,13 @@
 // The work is in blocks of 64 tokens of one sequence, read for one key/value head and up to 64 query rows (a
 // row block). Each worker takes an equal range of them, so that every CTA reads the same number of bytes
 // whatever the lengths are, and the device finds its share from B + 1 cumulative counts. The blocks of one
-// (sequence, head, row block) are an item; an item that crosses workers leaves partial results, which the
-// last worker to arrive at the item's counter merges.
+// (sequence, head, row block) are an item.
+//
+// Memory serves some SMs faster than others. So where there is much to do, the last blocks of the batch, the
+// tail, are left out of the ranges and cut into chunks, which workers claim from a counter when they are done
+// with their ranges. Ranges and chunks together are the intervals. They depend on the lengths alone: an item
+// that crosses intervals leaves a partial result in each, and they are added in the order of the intervals,
+// so that the result does not depend on who claimed what. Who arrives last at the item's counter adds them.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -40,19 +45,44 @@ inline dim3 attention_grid(int multiprocessors, int head_rows) {
   return in_step ? dim3(head_rows, multiprocessors / head_rows) : dim3(1, multiprocessors);
 }
 
-struct WorkSplit {
-  int blocks;                // of the batch, for one head row
-  int ranges, share, extra;  // the first `extra` ranges are one block longer than `share`
+//
+// What the tail is. With more or smaller chunks the workers end closer together, and there are more partial
+// results to add up.
+constexpr int kTailMinUnits = 16;     // of a range, for there to be a tail
+constexpr int kTailSixteenths = 2;    // of all blocks
+constexpr int kChunkMinUnits = 2;     // the first unit of a chunk is when the next chunk is claimed
+constexpr int kChunksPerWorker = 6;   // at most, on average
+constexpr int kMaxClaims = 15;        // of a worker: the lanes of a warp hold its partial results, two an interval
+constexpr int kMaxTailBatch = 512;    // sequences that are searched for the beginning of a chunk
+static_assert(kChunksPerWorker <= kMaxClaims, "while chunks are left, some worker claims");
 
-  __device__ WorkSplit(int batch_blocks, int head_rows, int unit_blocks) {
+struct WorkSplit {
+  int blocks;                 // of the batch, for one head row
+  int ranges, share, extra;   // the first `extra` ranges are one block longer than `share`
+  int chunk = 1, chunks = 0;  // blocks of a chunk, number of chunks: of one head row where those are in step
+
+  __device__ WorkSplit(int batch_blocks, int head_rows, int unit_blocks, bool may_have_tail) {
     blocks = batch_blocks;
-    const int length = gridDim.x == 1 ? blocks * head_rows : blocks;
+    int length = gridDim.x == 1 ? blocks * head_rows : blocks;
     // Never more than units: smaller shares would only make more partial results to merge.
     ranges = max(1, min(int(gridDim.y), ceil_div(length, unit_blocks)));
-    share = length / ranges, extra = length - share * ranges;
+    share = length / ranges;
+    if (may_have_tail && share >= kTailMinUnits * unit_blocks) {
+      const int tail = length / 16 * kTailSixteenths;
+      chunk = unit_blocks * max(kChunkMinUnits, ceil_div(tail, kChunksPerWorker * ranges * unit_blocks));
+      chunks = tail / chunk;
+      length -= chunks * chunk;
+      share = length / ranges;
+    }
+    extra = length - share * ranges;
   }
-  __device__ int begin(int range) const { return range * share + min(range, extra); }
-  __device__ int range_of(int position) const {
+  __device__ int tail_begin() const { return ranges * share + extra; }
+  __device__ int begin(int interval) const {
+    if (interval > ranges) return tail_begin() + (interval - ranges) * chunk;
+    return interval * share + min(interval, extra);
+  }
+  __device__ int interval_of(int position) const {
+    if (position >= tail_begin()) return ranges + min((position - tail_begin()) / chunk, chunks - 1);
     const int longer = extra * (share + 1);
     return position < longer ? position / (share + 1) : extra + (position - longer) / share;
   }
