@@ -196,6 +196,27 @@ def test_runs_are_bit_identical(device, dtypes, ragged, sources):
 
 @pytest.mark.cuda
 @over_dtypes(BF16, BF16_E4M3)
+@pytest.mark.parametrize("sources", [1, 2])
+def test_claims_do_not_change_bits(dtypes, sources):
+    """In a batch so large that its last blocks are claimed: who claims what differs, the result does not."""
+    lengths = (100_000, 1, 0, 20_000, *range(3000, 5500, 50))
+    case = make_case("cuda", dtypes, lengths, page_size=64, num_k=sources, num_v=sources)
+    check(case)
+    schedule = ops.attention_schedule(case.seq_lens, 10**5 + 64, 1, 8, 2)
+    before = schedule.clone()
+    first = run(case)
+    assert torch.equal(ops.fused_attention(*case.args(), schedule=schedule), first)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ops.fused_attention(*case.args(), schedule=schedule)
+    for _ in range(100):
+        graph.replay()
+        assert torch.equal(out, first)
+    assert torch.equal(schedule, before)
+
+
+@pytest.mark.cuda
+@over_dtypes(BF16, BF16_E4M3)
 def test_memory_needs_no_initial_values(dtypes):
     """NaN in the workspace, in the output and in the schedule before they are written changes nothing."""
     case = make_case("cuda", dtypes, lengths=(9000, 1, 0, 130), heads=(8, 1), num_q=9)

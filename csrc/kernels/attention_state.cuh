@@ -9,18 +9,6 @@
 
 namespace fusedkv {
 
-// An item of which this worker has left a partial result; parts is 0 for none.
-struct SharedItem {
-  int seq, head, row_block, first_worker, worker_step, parts;
-};
-
-template <class S>
-struct AttentionControl {
-  alignas(4) uint8_t visible[kMaxStages][S::kUnitTokens / 8];  // one bit a token: it may be seen
-  float value_weights[S::kSources][S::D];                      // of the item
-  SharedItem shared_items[2];  // the item that the worker begins in, and the one it ends in
-};
-
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -145,7 +133,7 @@ struct AttentionState {
     }
   }
 
-  __device__ __forceinline__ void add_unit(const AttentionParams& p, const BlockCursor& at, const char* stage,
+  __device__ __forceinline__ void add_unit(const AttentionParams& p, const Unit& unit, const char* stage,
                                            const uint8_t* visible) {
     const int first = threadIdx.x / 32 / S::kTeamWarps * S::kTeamTokens;
 #pragma unroll 1
@@ -157,20 +145,20 @@ struct AttentionState {
       } else {
         seen = *reinterpret_cast<const uint16_t*>(bits) * 0x10001u;
       }
-      if (seen) add_tokens(p, at, stage, token, seen);
+      if (seen) add_tokens(p, unit, stage, token, seen);
     }
   }
 
   // Adds kStepTokens tokens, from number `token` of the unit.
-  __device__ __forceinline__ void add_tokens(const AttentionParams& p, const BlockCursor& at,
-                                             const char* stage, int token, uint32_t seen) {
+  __device__ __forceinline__ void add_tokens(const AttentionParams& p, const Unit& unit, const char* stage,
+                                             int token, uint32_t seen) {
     constexpr int kTiles = S::kStepTokens / 16, kSteps = kStepsAtOnce<S>;
     // A chain of dependent products is latency: where there is one tile only, odd and even steps have their
     // own.
     constexpr int kChains = kTiles * S::kRowTiles == 1 ? 2 : 1;
     const int lane = threadIdx.x % 32;
-    const uint32_t unit = smem_address(stage);
-    const uint32_t keys = unit + swizzled<S::kRowChunks>(token + lane % 16, lane / 16);
+    const uint32_t planes = smem_address(stage);
+    const uint32_t keys = planes + swizzled<S::kRowChunks>(token + lane % 16, lane / 16);
     float scores[kTiles][S::kRowTiles][4], chains[kChains][kTiles][S::kRowTiles][4] = {};
 #pragma unroll
     for (int s = 0; s < S::kSources; ++s) {
@@ -203,7 +191,7 @@ struct AttentionState {
           if constexpr (kChains == 2) sum += chains[1][m][n][j];
           scores[m][n][j] = sum * scale;
         }
-    mask_scores(p, at, token, seen, scores);
+    mask_scores(p, unit, token, seen, scores);
 
     bool ahead = false;
     float best[S::kRowTiles][2];  // of the lane's own tokens
@@ -236,7 +224,7 @@ struct AttentionState {
     const int value_row = sizeof(typename S::C) == 2 ? lane % 8 + lane / 16 * 8 : lane % 16;
     const int value_chunk = sizeof(typename S::C) == 2 ? lane / 8 % 2 : lane / 16;
     const uint32_t values =
-        unit + S::kSources * S::kPlaneBytes + swizzled<S::kRowChunks>(token + value_row, value_chunk);
+        planes + S::kSources * S::kPlaneBytes + swizzled<S::kRowChunks>(token + value_row, value_chunk);
 #pragma unroll
     for (int s = 0; s < S::kSources; ++s) {
       if (s > 0 && p.num_v_sources == 1) break;
@@ -283,7 +271,7 @@ struct AttentionState {
     }
   }
 
-  __device__ __forceinline__ void mask_scores(const AttentionParams& p, const BlockCursor& at, int token,
+  __device__ __forceinline__ void mask_scores(const AttentionParams& p, const Unit& unit, int token,
                                               uint32_t seen,
                                               float (&scores)[S::kStepTokens / 16][S::kRowTiles][4]) {
     constexpr int kTiles = S::kStepTokens / 16;
@@ -300,17 +288,18 @@ struct AttentionState {
         }
     }
     // With one query token, or far from the edges, all rows see the same tokens: the bits above say it all.
-    const int start = at.start() + token;
-    const bool at_end = start + S::kStepTokens > at.length - p.num_query_tokens + 1;
-    const bool at_window = p.window > 0 && start < at.length - p.window;
-    if (p.num_query_tokens == 1 || !(at_end || at_window)) return;
+    if (p.num_query_tokens == 1) return;
+    const int start = unit.start + token;
+    const bool at_end = start + S::kStepTokens > unit.length - p.num_query_tokens + 1;
+    const bool at_window = p.window > 0 && start < unit.length - p.window;
+    if (!(at_end || at_window)) return;
     const int first_row =
-        at.row_block * S::kRows + threadIdx.x / 32 % S::kTeamWarps * S::kWarpRows + lane % 4 * 2;
+        unit.row_block * S::kRows + threadIdx.x / 32 % S::kTeamWarps * S::kWarpRows + lane % 4 * 2;
 #pragma unroll
     for (int n = 0; n < S::kRowTiles; ++n)
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const int query = at.length - p.num_query_tokens + (first_row + n * 8 + j) / p.group;
+        const int query = unit.length - p.num_query_tokens + (first_row + n * 8 + j) / p.group;
         const int oldest = p.window > 0 ? query - p.window + 1 : 0;
 #pragma unroll
         for (int m = 0; m < kTiles; ++m)
@@ -428,8 +417,9 @@ __device__ __forceinline__ int item_rows(const AttentionParams& p, int row_block
   return min(S::kRows, p.group * p.num_query_tokens - row_block * S::kRows);
 }
 
-// Adds up the partial results of an item in the order of the workers, so that every run gives the same bits.
-// They come through shared memory, as many at a time as fit: their loads then share a round trip to the L2.
+// Adds up the partial results of an item in the order of the intervals, so that every run gives the same
+// bits. They come through shared memory, as many at a time as fit: their loads then share a round trip to the
+// L2.
 template <class S>
 __device__ __forceinline__ void merge_partials(const AttentionParams& p, const SharedItem& item, char* ring) {
   const int parts_at_once = p.stages * (S::kStageBytes / (4 * S::kPartialFloats));
@@ -441,8 +431,8 @@ __device__ __forceinline__ void merge_partials(const AttentionParams& p, const S
     const int count = min(parts_at_once - held, item.parts - from);
 #pragma unroll 1
     for (int k = warp; k < count; k += S::kWarps) {
-      // The first worker's part is of the item that it ends in, the others' are of the items they begin in.
-      const int slot = 2 * (item.first_worker + (from + k) * item.worker_step) + (from + k == 0);
+      // The first interval's part is of the item that it ends in, the others' are of those they begin in.
+      const int slot = 2 * (item.first_place + (from + k) * int(gridDim.x)) + (from + k == 0);
       const float* part =
           static_cast<const float*>(p.workspace) + int64_t(slot) * S::kPartialFloats + lane * 4;
       uint32_t to = smem_address(parts + (held + k) * S::kPartialFloats + lane * 4);

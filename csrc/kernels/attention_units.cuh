@@ -22,6 +22,14 @@ struct AttentionParams : FusedAttentionParams {
   int capacity;    // tokens of a sequence's pages
   int max_blocks;  // of the batch that positions can count
   int stages;      // of the ring
+
+  // Counters in the schedule, zero between launches: chunks claimed, workers that claim no more, and the
+  // partial results of each item.
+  __device__ int* claim_counter() const { return schedule + batch + 1; }
+  __device__ int* done_counter() const { return schedule + batch + 2; }
+  __device__ int* merge_counter(int seq, int head, int row_block) const {
+    return schedule + batch + 3 + (int64_t(seq) * num_kv_heads + head) * row_blocks + row_block;
+  }
 };
 
 // A unit is what a CTA loads at a time: one slice of tokens for each warp. A warp computes the attention of
@@ -76,6 +84,31 @@ __device__ __forceinline__ int swizzled(int row, int chunk) {
   return (row * chunks + (chunk ^ row_swizzle<chunks>(row))) * 16;
 }
 
+// Adds 1 to a counter in device memory and returns what it was; nothing waits for that until it is used. Not
+// `atom.add`, which is compiled into one for the whole warp, and a wait to hand out the results.
+__device__ __forceinline__ int count_claim(int* counter) {
+  int before;
+  asm volatile("atom.inc.relaxed.gpu.global.u32 %0, [%1], 0x7fffffff;"
+               : "=r"(before)
+               : "l"(counter)
+               : "memory");
+  return before;
+}
+
+// Adds 1 after the writes of this thread and those that it has seen.
+__device__ __forceinline__ int count_release(int* counter) {
+  int before;
+  asm volatile("atom.add.release.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
+
+// And before its reads, which wait.
+__device__ __forceinline__ int count_arrival(int* counter) {
+  int before;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
+
 // What is known of a sequence: its blocks in the schedule, and its length.
 struct SequenceInfo {
   int begin, end, length;
@@ -92,6 +125,7 @@ struct SequenceTable {
 
   // Asks for it; it is there with the copies of the first unit.
   __device__ void copy(const AttentionParams& p) {
+#pragma unroll 1
     for (int i = threadIdx.x; i <= p.batch; i += blockDim.x) {
       cp_async_4(smem_address(begins + i), p.schedule + i);
       if (i < p.batch) cp_async_4(smem_address(lengths + i), p.seq_lens + i);
@@ -112,7 +146,7 @@ struct alignas(16) Unit {
   int start;   // position of its first token
   int length;  // of the sequence
   int slot;    // of the workspace that the item's partial result goes to, or kWhole
-  bool last;   // of its item in this interval
+  bool ends;   // it is the last of its item in this interval
 };
 
 template <class S>
@@ -123,7 +157,7 @@ struct AttentionControl {
   SharedItem shared_items[S::kMaxSharedItems];
   // What the worker has claimed, in its order: the numbers of chunks, then kNothingLeft.
   static constexpr int kUnknown = -2, kNothingLeft = -1;
-  int claims[kMaxClaims + 1];
+  volatile int claims[kMaxClaims + 1];
   SequenceTable<S::kHasTail ? kMaxTailBatch : 0> sequences;
 };
 
@@ -164,7 +198,8 @@ struct BlockCursor {
   }
 
   template <int max_batch>
-  __device__ void seek(const AttentionParams& p, int head_row, int at, const SequenceTable<max_batch>& table) {
+  __device__ void seek(const AttentionParams& p, int head_row, int at,
+                       const SequenceTable<max_batch>& table) {
     int found = 0;
 #pragma unroll 1
     for (int i = threadIdx.x % 32; i < p.batch; i += 32) found += table.begins[i] <= at;
@@ -208,18 +243,23 @@ struct UnitLoader {
   int left;  // blocks of the interval; 0 when there is nothing more to load
 
   // Starts with the worker's range. `first_sequences`: see BlockCursor::seek.
-  __device__ UnitLoader(const AttentionParams& p, const WorkSplit& split, const SequenceInfo& first_sequences) {
+  __device__ UnitLoader(const AttentionParams& p, const WorkSplit& split,
+                        const SequenceInfo& first_sequences) {
     enter(p, split, blockIdx.y, blockIdx.x, first_sequences);
   }
 
-  // Issues the copies of the unit here and moves to the next.
-  __device__ __forceinline__ void load_unit(const AttentionParams& p, const WorkSplit& split, Control& control,
-                                            char* ring, int stage) {
-    if (new_item) slot = item_slot(p);
+  // Issues the copies of the unit here and moves to the next. `ask` makes requests to memory of the kernel's,
+  // which with a tail go out before the copies too.
+  template <class Ask>
+  __device__ __forceinline__ void load_unit(const AttentionParams& p, const WorkSplit& split,
+                                            Control& control, char* ring, int stage, Ask&& ask) {
     const UnitLoader unit = *this;
     const uint32_t mask = __ballot_sync(~0u, index_is_inside(page, p.cache.num_pages));
     const int count = at.unit_blocks<S>(left);
-    if (split.chunks > 0) claim(p, count);
+    if (split.chunks > 0) {
+      ask();
+      claim(p, count);
+    }
     left -= count;
     if (left > 0) {
       at.advance(p, count);
@@ -230,12 +270,13 @@ struct UnitLoader {
     }
     unit.issue(p, control.visible[stage], ring + stage * S::kStageBytes, mask);
     // While the copies are under way.
+    if (unit.new_item) slot = unit.item_slot(p);
     if (threadIdx.x % 32 == 0) {
-      const bool last = unit.at.block + count == unit.at.blocks || count == unit.left;
-      control.units[stage][threadIdx.x / 32] = {unit.at.seq,     unit.at.head,   unit.at.row_block,
-                                                unit.at.start(), unit.at.length, unit.slot, last};
+      const bool ends = unit.at.block + count == unit.at.blocks || count == unit.left;
+      control.units[stage][threadIdx.x / 32] =
+          Unit{unit.at.seq, unit.at.head, unit.at.row_block, unit.at.start(), unit.at.length, slot, ends};
     }
-    if (unit.new_item && unit.slot != Unit::kWhole) {
+    if (unit.new_item && slot != Unit::kWhole) {
       if (threadIdx.x == 0) control.shared_items[shared_items] = unit.shared_item(p, split);
       ++shared_items;
     }
@@ -272,7 +313,8 @@ struct UnitLoader {
     look_up(p);
   }
 
-  // Asks for the next chunk, before the last unit or units of this interval. The answer comes before the last.
+  // Asks for the next chunk, before the last unit or units of this interval. The answer comes before the
+  // last.
   __device__ void claim(const AttentionParams& p, int count) {
     const bool now = left > S::kUnitBlocks && left - count <= S::kUnitBlocks;
     if (now && claims < kMaxClaims && threadIdx.x == 0) claimed = count_claim(p.claim_counter());
@@ -280,15 +322,14 @@ struct UnitLoader {
 
   // Tells all warps what thread 0 has claimed. None waits for long: before the next barrier all get here.
   __device__ void enter_claimed(const AttentionParams& p, const WorkSplit& split, Control& control) {
-    int& shared = control.claims[claims++];
+    volatile int& shared = control.claims[claims++];
     if (threadIdx.x == 0) {
-      const bool inside = unsigned(claimed) < split.chunks * gridDim.x;
-      store(shared, inside ? claimed : Control::kNothingLeft);
+      shared = unsigned(claimed) < split.chunks * gridDim.x ? claimed : Control::kNothingLeft;
       claimed = Control::kNothingLeft;
     }
     __syncwarp();
-    int chunk = Control::kUnknown;
-    while (chunk == Control::kUnknown) chunk = load(shared);
+    int chunk = shared;
+    while (chunk == Control::kUnknown) chunk = shared;
     __syncwarp();
     // Neighbouring chunks are the same tokens of the heads that go in step.
     if (chunk != Control::kNothingLeft) {

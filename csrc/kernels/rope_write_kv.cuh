@@ -5,6 +5,7 @@
 // the first. A CTA is blockDim.y runs of blockDim.z tokens; tokens with more runs take several CTAs in y.
 #pragma once
 
+#include "common/overlap.cuh"
 #include "common/rope.cuh"
 #include "launch.h"
 
@@ -20,10 +21,6 @@ constexpr int64_t kFewThreads = int64_t{1} << 17;  // about what a large GPU hol
 // A CTA has nothing in flight while it computes. So that the memory is busy all the same, each asks for the
 // inputs of the token that comes this many bytes of the projection later: a few microseconds before its turn.
 constexpr int64_t kAheadBytes = int64_t{8} << 20;
-
-__device__ __forceinline__ void prefetch_l2(const void* p) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-}
 
 // Prefetches a run's heads and, with the first run of a token, the slot and the position. Returns the
 // position, unchecked, for prefetch_angles: nobody waits for it before it is there.
@@ -74,6 +71,8 @@ __global__ void __launch_bounds__(kRopeWriteThreads, kMinBlocks)
   const int64_t token = int64_t{blockIdx.x} * blockDim.z + threadIdx.z;
   const int run_index = blockIdx.y * blockDim.y + threadIdx.y;
   const HeadRun<kHeads> run(p.heads, run_index);
+  let_next_kernel_start();
+  wait_for_previous_kernels();
   if (token >= p.num_tokens || run.count <= 0) return;
 
   const T* row = static_cast<const T*>(p.qkv) + token * p.qkv_token_stride + run.first * D;
@@ -115,8 +114,7 @@ cudaError_t launch_rope_write_runs(const RopeWriteKvParams& p, cudaStream_t stre
   const dim3 grid(static_cast<unsigned>((p.num_tokens + block_tokens - 1) / block_tokens), run_blocks);
   const dim3 threads(kLanes, block_runs, block_tokens);
   const int64_t tokens_ahead = kAheadBytes / (runs * kHeads * D * sizeof(T));
-  rope_write_kv_kernel<T, D, kHeads><<<grid, threads, 0, stream>>>(p, tokens_ahead);
-  return cudaGetLastError();
+  return launch_overlapping(rope_write_kv_kernel<T, D, kHeads>, grid, threads, 0, stream, p, tokens_ahead);
 }
 
 template <class T, int D>

@@ -45,15 +45,14 @@ inline dim3 attention_grid(int multiprocessors, int head_rows) {
   return in_step ? dim3(head_rows, multiprocessors / head_rows) : dim3(1, multiprocessors);
 }
 
-//
-// What the tail is. With more or smaller chunks the workers end closer together, and there are more partial
-// results to add up.
-constexpr int kTailMinUnits = 16;     // of a range, for there to be a tail
-constexpr int kTailSixteenths = 2;    // of all blocks
-constexpr int kChunkMinUnits = 2;     // the first unit of a chunk is when the next chunk is claimed
-constexpr int kChunksPerWorker = 6;   // at most, on average
-constexpr int kMaxClaims = 15;        // of a worker: the lanes of a warp hold its partial results, two an interval
-constexpr int kMaxTailBatch = 512;    // sequences that are searched for the beginning of a chunk
+// The tail. With more and smaller chunks the workers end closer together, and there is more to add up.
+constexpr int kTailMinUnits = 16;   // of a range, for there to be a tail
+constexpr int kTailSixteenths = 2;  // of all blocks
+constexpr int kChunkMinUnits = 2;
+constexpr int kChunksPerWorker = 6;  // at most, on average: the workspace has slots for so many
+constexpr int kMaxClaims = 15;       // of a worker: a lane for each partial result, two an interval
+constexpr int kMaxTailBatch = 512;   // sequences, which are searched for the beginning of a chunk
+static_assert(kChunkMinUnits >= 2, "the next chunk is claimed before the last unit of this one");
 static_assert(kChunksPerWorker <= kMaxClaims, "while chunks are left, some worker claims");
 
 struct WorkSplit {
@@ -82,9 +81,11 @@ struct WorkSplit {
     return interval * share + min(interval, extra);
   }
   __device__ int interval_of(int position) const {
-    if (position >= tail_begin()) return ranges + min((position - tail_begin()) / chunk, chunks - 1);
-    const int longer = extra * (share + 1);
-    return position < longer ? position / (share + 1) : extra + (position - longer) / share;
+    const int longer = extra * (share + 1), tail = tail_begin();
+    int before = 0, from = 0, size = share + 1;  // the intervals before those of the position's size
+    if (position >= longer) before = extra, from = longer, size = share;
+    if (position >= tail) before = ranges, from = tail, size = chunk;
+    return min(before + (position - from) / size, ranges + chunks - 1);
   }
 };
 

@@ -5,6 +5,7 @@
 // a thread moves its column of kTokens tokens of both k and v, all loads in flight at once.
 #pragma once
 
+#include "common/overlap.cuh"
 #include "common/rows.h"
 #include "common/vec.cuh"
 #include "dispatch.h"
@@ -57,6 +58,8 @@ struct WriteColumn {
 template <class T, bool kMoveOnly, int kTokens>
 __global__ void __launch_bounds__(kRowThreads, 3) write_kv_kernel(const __grid_constant__ WriteKvParams p) {
   const int column = blockIdx.y * blockDim.x + threadIdx.x;
+  let_next_kernel_start();
+  wait_for_previous_kernels();
   if (column * 8 >= p.num_kv_heads * p.head_dim) return;
   const WriteColumn<T, kMoveOnly> k_column(p, p.k_cache, p.k_copy, p.k_scale, column);
   const WriteColumn<T, kMoveOnly> v_column(p, p.v_cache, p.v_copy, p.v_scale, column);
@@ -93,8 +96,7 @@ cudaError_t launch_write_kv(const WriteKvParams& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>((p.num_tokens + tokens - 1) / tokens), tiling.column_blocks);
   const auto kernel =
       few ? write_kv_kernel<T, kMoveOnly, 1> : write_kv_kernel<T, kMoveOnly, kManyWriteTokens>;
-  kernel<<<grid, tiling.threads, 0, stream>>>(p);
-  return cudaGetLastError();
+  return launch_overlapping(kernel, grid, tiling.threads, 0, stream, p);
 }
 
 }  // namespace fusedkv

@@ -30,13 +30,6 @@ __device__ __forceinline__ void prefetch_l2(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
-// Reads past the L1, which may keep what was read before wait_for_previous_kernels().
-__device__ __forceinline__ int load_from_l2(const int* p) {
-  int x;
-  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
-  return x;
-}
-
 // Launches a kernel that waits by itself for those before it.
 template <class... Params, class... Args>
 cudaError_t launch_overlapping(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
