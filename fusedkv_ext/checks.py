@@ -27,8 +27,8 @@ def head_rows(num_query_tokens: int, num_query_heads: int, num_kv_heads: int) ->
 
 
 def schedule_entries(batch: int, num_query_tokens: int, num_query_heads: int, num_kv_heads: int) -> int:
-    """Length of an attention schedule: B + 1 cumulative counts, 2 counters, one more for every item."""
-    return batch + 3 + batch * head_rows(num_query_tokens, num_query_heads, num_kv_heads)
+    """Length of an attention schedule: B + 1 cumulative counts, then a merge counter for every item."""
+    return batch + 1 + batch * head_rows(num_query_tokens, num_query_heads, num_kv_heads)
 
 
 def expect(condition: bool, op: str, argument: str, expected: str, got: object) -> None:

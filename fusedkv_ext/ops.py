@@ -290,7 +290,7 @@ def attention_schedule(
         num_query_tokens, num_query_heads, num_kv_heads, window: those of the attention.
 
     Returns:
-        int32 [B + 3 + B * Hkv * ceil(G * Q / 64)]: cumulative counts of 64-token blocks, then zeros that
+        int32 [B + 1 + B * Hkv * ceil(G * Q / 64)]: cumulative counts of 64-token blocks, then zeros that
         `fused_attention` counts in and leaves zero. One schedule must not serve two streams at once.
 
     Raises:

@@ -9,6 +9,19 @@
 
 namespace fusedkv {
 
+// An item of which this worker has left a partial result; parts is 0 for none.
+struct SharedItem {
+  int seq, head, row_block, first_worker, worker_step, parts;
+};
+
+template <class S>
+struct AttentionControl {
+  alignas(4) uint8_t visible[kMaxStages][S::kUnitTokens / 8];  // one bit a token: it may be seen
+  float value_weights[S::kSources][S::D];                      // of the item
+  float part_weights[S::kRows][kPartsAtOnce];                  // see combine()
+  SharedItem shared_items[2];  // the item that the worker begins in, and the one it ends in
+};
+
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -133,7 +146,7 @@ struct AttentionState {
     }
   }
 
-  __device__ __forceinline__ void add_unit(const AttentionParams& p, const Unit& unit, const char* stage,
+  __device__ __forceinline__ void add_unit(const AttentionParams& p, const BlockCursor& at, const char* stage,
                                            const uint8_t* visible) {
     const int first = threadIdx.x / 32 / S::kTeamWarps * S::kTeamTokens;
 #pragma unroll 1
@@ -145,20 +158,20 @@ struct AttentionState {
       } else {
         seen = *reinterpret_cast<const uint16_t*>(bits) * 0x10001u;
       }
-      if (seen) add_tokens(p, unit, stage, token, seen);
+      if (seen) add_tokens(p, at, stage, token, seen);
     }
   }
 
   // Adds kStepTokens tokens, from number `token` of the unit.
-  __device__ __forceinline__ void add_tokens(const AttentionParams& p, const Unit& unit, const char* stage,
-                                             int token, uint32_t seen) {
+  __device__ __forceinline__ void add_tokens(const AttentionParams& p, const BlockCursor& at,
+                                             const char* stage, int token, uint32_t seen) {
     constexpr int kTiles = S::kStepTokens / 16, kSteps = kStepsAtOnce<S>;
     // A chain of dependent products is latency: where there is one tile only, odd and even steps have their
     // own.
     constexpr int kChains = kTiles * S::kRowTiles == 1 ? 2 : 1;
     const int lane = threadIdx.x % 32;
-    const uint32_t planes = smem_address(stage);
-    const uint32_t keys = planes + swizzled<S::kRowChunks>(token + lane % 16, lane / 16);
+    const uint32_t unit = smem_address(stage);
+    const uint32_t keys = unit + swizzled<S::kRowChunks>(token + lane % 16, lane / 16);
     float scores[kTiles][S::kRowTiles][4], chains[kChains][kTiles][S::kRowTiles][4] = {};
 #pragma unroll
     for (int s = 0; s < S::kSources; ++s) {
@@ -191,7 +204,7 @@ struct AttentionState {
           if constexpr (kChains == 2) sum += chains[1][m][n][j];
           scores[m][n][j] = sum * scale;
         }
-    mask_scores(p, unit, token, seen, scores);
+    mask_scores(p, at, token, seen, scores);
 
     bool ahead = false;
     float best[S::kRowTiles][2];  // of the lane's own tokens
@@ -224,7 +237,7 @@ struct AttentionState {
     const int value_row = sizeof(typename S::C) == 2 ? lane % 8 + lane / 16 * 8 : lane % 16;
     const int value_chunk = sizeof(typename S::C) == 2 ? lane / 8 % 2 : lane / 16;
     const uint32_t values =
-        planes + S::kSources * S::kPlaneBytes + swizzled<S::kRowChunks>(token + value_row, value_chunk);
+        unit + S::kSources * S::kPlaneBytes + swizzled<S::kRowChunks>(token + value_row, value_chunk);
 #pragma unroll
     for (int s = 0; s < S::kSources; ++s) {
       if (s > 0 && p.num_v_sources == 1) break;
@@ -271,7 +284,7 @@ struct AttentionState {
     }
   }
 
-  __device__ __forceinline__ void mask_scores(const AttentionParams& p, const Unit& unit, int token,
+  __device__ __forceinline__ void mask_scores(const AttentionParams& p, const BlockCursor& at, int token,
                                               uint32_t seen,
                                               float (&scores)[S::kStepTokens / 16][S::kRowTiles][4]) {
     constexpr int kTiles = S::kStepTokens / 16;
@@ -288,18 +301,17 @@ struct AttentionState {
         }
     }
     // With one query token, or far from the edges, all rows see the same tokens: the bits above say it all.
-    if (p.num_query_tokens == 1) return;
-    const int start = unit.start + token;
-    const bool at_end = start + S::kStepTokens > unit.length - p.num_query_tokens + 1;
-    const bool at_window = p.window > 0 && start < unit.length - p.window;
-    if (!(at_end || at_window)) return;
+    const int start = at.start() + token;
+    const bool at_end = start + S::kStepTokens > at.length - p.num_query_tokens + 1;
+    const bool at_window = p.window > 0 && start < at.length - p.window;
+    if (p.num_query_tokens == 1 || !(at_end || at_window)) return;
     const int first_row =
-        unit.row_block * S::kRows + threadIdx.x / 32 % S::kTeamWarps * S::kWarpRows + lane % 4 * 2;
+        at.row_block * S::kRows + threadIdx.x / 32 % S::kTeamWarps * S::kWarpRows + lane % 4 * 2;
 #pragma unroll
     for (int n = 0; n < S::kRowTiles; ++n)
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const int query = unit.length - p.num_query_tokens + (first_row + n * 8 + j) / p.group;
+        const int query = at.length - p.num_query_tokens + (first_row + n * 8 + j) / p.group;
         const int oldest = p.window > 0 ? query - p.window + 1 : 0;
 #pragma unroll
         for (int m = 0; m < kTiles; ++m)
@@ -358,40 +370,50 @@ struct ItemOutput {
   bool is_bf16;
 };
 
-// Adds `count` partial results that lie in shared memory. The result goes to `partial`, in the same form (it
-// may be the first of them), or where that is null to the output. All threads call it. What runs once a
-// kernel runs at the latency of each instruction, and its instructions are fetched from memory: so there are
-// few of them, and the teams and the workers share them.
+// Adds `count` partial results that lie in shared memory, at most kPartsAtOnce. The result goes to `partial`,
+// in the same form (it may be the first of them), or where that is null to the output. All threads call it.
+// What runs once a kernel runs at the latency of each instruction, and its instructions are fetched from
+// memory: so there are few of them, and the teams and the workers share them.
 template <class S>
-__device__ __noinline__ void combine(const float* parts, int count, int rows, float* partial,
-                                     ItemOutput output) {
-  constexpr int kRowThreads = S::D / 4;
-  static_assert(kRowThreads <= 32, "the threads of a row are one warp's");
-  const uint32_t row_threads = ~0u >> (32 - kRowThreads) << threadIdx.x % 32 / kRowThreads * kRowThreads;
+__device__ __noinline__ void combine(AttentionControl<S>& control, const float* parts, int count, int rows,
+                                     float* partial, ItemOutput output) {
+  // What each part is multiplied by: a warp a row, a lane a part.
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int row = threadIdx.x / 32; row < rows; row += S::kWarps) {
+    float2 stats = make_float2(kNothing, 0.f);  // maximum, sum
+    if (lane < count) {
+      stats =
+          *reinterpret_cast<const float2*>(parts + lane * S::kPartialFloats + row * S::kPartialRow + S::D);
+    }
+    float max = stats.x;
+#pragma unroll
+    for (int i = 16; i > 0; i /= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, i));
+    float weight = exp2_fast(stats.x - max), sum = weight * stats.y;
+#pragma unroll
+    for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
+    if (partial == nullptr) {
+      weight *= inverse_or_zero(sum);
+    } else if (lane == 0) {
+      *reinterpret_cast<float2*>(partial + row * S::kPartialRow + S::D) = make_float2(max, sum);
+    }
+    control.part_weights[row][lane] = weight;
+  }
+  __syncthreads();
 #pragma unroll 1
   for (int i = threadIdx.x; i < rows * (S::D / 4); i += S::kThreads) {
-    const int row = i / (S::D / 4), channel = i % (S::D / 4) * 4;
-    const int in_part = row * S::kPartialRow;
-    float max = kNothing, sum = 0.f, x[4] = {};
-#pragma unroll 4
-    for (int k = 0; k < count; ++k) max = fmaxf(max, parts[k * S::kPartialFloats + in_part + S::D]);
+    const int row = i / (S::D / 4), channel = i % (S::D / 4) * 4, in_part = row * S::kPartialRow + channel;
+    float x[4] = {};
 #pragma unroll 4
     for (int k = 0; k < count; ++k) {
-      const float* const part = parts + k * S::kPartialFloats + in_part;
-      const float2 stats = *reinterpret_cast<const float2*>(part + S::D);
-      const float4 y = *reinterpret_cast<const float4*>(part + channel);
-      const float weight = exp2_fast(stats.x - max);
-      sum += weight * stats.y;
+      const float weight = control.part_weights[row][k];
+      const float4 y = *reinterpret_cast<const float4*>(parts + k * S::kPartialFloats + in_part);
       x[0] += weight * y.x, x[1] += weight * y.y, x[2] += weight * y.z, x[3] += weight * y.w;
     }
     if (partial) {
-      __syncwarp(row_threads);  // all have read the first part
-      *reinterpret_cast<float4*>(partial + in_part + channel) = make_float4(x[0], x[1], x[2], x[3]);
-      if (channel == 0) *reinterpret_cast<float2*>(partial + in_part + S::D) = make_float2(max, sum);
+      *reinterpret_cast<float4*>(partial + in_part) = make_float4(x[0], x[1], x[2], x[3]);
       continue;
     }
-    const float inverse = inverse_or_zero(sum);
-    for (float& value : x) value *= inverse;
     const int item_row = output.first_row + row;
     int64_t to = item_row * S::D + channel;
     if (output.token_stride > 0) {
@@ -417,12 +439,12 @@ __device__ __forceinline__ int item_rows(const AttentionParams& p, int row_block
   return min(S::kRows, p.group * p.num_query_tokens - row_block * S::kRows);
 }
 
-// Adds up the partial results of an item in the order of the intervals, so that every run gives the same
-// bits. They come through shared memory, as many at a time as fit: their loads then share a round trip to the
-// L2.
+// Adds up the partial results of an item in the order of the workers, so that every run gives the same bits.
+// They come through shared memory, as many at a time as fit: their loads then share a round trip to the L2.
 template <class S>
-__device__ __forceinline__ void merge_partials(const AttentionParams& p, const SharedItem& item, char* ring) {
-  const int parts_at_once = p.stages * (S::kStageBytes / (4 * S::kPartialFloats));
+__device__ __forceinline__ void merge_partials(const AttentionParams& p, AttentionControl<S>& control,
+                                               const SharedItem& item, char* ring) {
+  const int parts_at_once = min(kPartsAtOnce, p.stages * (S::kStageBytes / (4 * S::kPartialFloats)));
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rows = item_rows<S>(p, item.row_block);
   float* const parts = reinterpret_cast<float*>(ring);
   int held = 0;  // the first of the parts here is what has been added so far
@@ -431,8 +453,8 @@ __device__ __forceinline__ void merge_partials(const AttentionParams& p, const S
     const int count = min(parts_at_once - held, item.parts - from);
 #pragma unroll 1
     for (int k = warp; k < count; k += S::kWarps) {
-      // The first interval's part is of the item that it ends in, the others' are of those they begin in.
-      const int slot = 2 * (item.first_place + (from + k) * int(gridDim.x)) + (from + k == 0);
+      // The first worker's part is of the item that it ends in, the others' are of the items they begin in.
+      const int slot = 2 * (item.first_worker + (from + k) * item.worker_step) + (from + k == 0);
       const float* part =
           static_cast<const float*>(p.workspace) + int64_t(slot) * S::kPartialFloats + lane * 4;
       uint32_t to = smem_address(parts + (held + k) * S::kPartialFloats + lane * 4);
@@ -445,7 +467,7 @@ __device__ __forceinline__ void merge_partials(const AttentionParams& p, const S
     cp_async_wait<0>();
     __syncthreads();
     from += count;
-    combine<S>(parts, held + count, rows, from < item.parts ? parts : nullptr,
+    combine<S>(control, parts, held + count, rows, from < item.parts ? parts : nullptr,
                item_output<S>(p, item.seq, item.head, item.row_block));
     held = 1;
     __syncthreads();  // what is here is no longer read

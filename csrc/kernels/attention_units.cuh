@@ -1,5 +1,5 @@
-// Where a worker of fused_attention is in its intervals of blocks, and how it brings units of them, queries
-// and fusion weights into shared memory.
+// Where a worker of fused_attention is in its range of blocks, and how it brings units of them, queries and
+// fusion weights into shared memory.
 #pragma once
 
 #include <cmath>
@@ -10,9 +10,8 @@
 namespace fusedkv {
 
 constexpr int kMaxStages = 6;
+constexpr int kPartsAtOnce = 32;     // partial results that are added at a time, a lane each
 constexpr int kRingAlignment = 256;  // the widest row
-static_assert(kTailMinUnits * (16 - kTailSixteenths) / 16 > kMaxStages,
-              "the first unit is there, and with it the sequences, before a chunk is looked for");
 
 // What the kernel gets: the op's arguments, and what the host derives from them once.
 struct AttentionParams : FusedAttentionParams {
@@ -22,14 +21,6 @@ struct AttentionParams : FusedAttentionParams {
   int capacity;    // tokens of a sequence's pages
   int max_blocks;  // of the batch that positions can count
   int stages;      // of the ring
-
-  // Counters in the schedule, zero between launches: chunks claimed, workers that claim no more, and the
-  // partial results of each item.
-  __device__ int* claim_counter() const { return schedule + batch + 1; }
-  __device__ int* done_counter() const { return schedule + batch + 2; }
-  __device__ int* merge_counter(int seq, int head, int row_block) const {
-    return schedule + batch + 3 + (int64_t(seq) * num_kv_heads + head) * row_blocks + row_block;
-  }
 };
 
 // A unit is what a CTA loads at a time: one slice of tokens for each warp. A warp computes the attention of
@@ -55,10 +46,6 @@ struct AttentionShape {
   static constexpr int kTeamTokens = kTeamWarps * kSliceTokens;
   static constexpr int kStepTokens = kTeamTokens < 32 ? 16 : 32;  // that one step of the softmax takes
   static constexpr int kPlaneBytes = kUnitTokens * kRowBytes;     // of one source in a unit
-  // More rows than one warp has are bound by more than memory, and their partial results are large.
-  static constexpr bool kHasTail = kRows <= 16;
-  static constexpr int kMaxSharedItems = kHasTail ? 2 + 2 * kMaxClaims : 2;
-  static_assert(kMaxSharedItems <= 32, "a lane counts the worker in at one of them");
   // A stage holds the planes of a unit and, where an item begins, its query rows and fusion weights.
   static constexpr int kQueryOffset = 2 * kSources * kPlaneBytes,
                        kWeightOffset = kQueryOffset + kRows * D * 2;
@@ -84,31 +71,6 @@ __device__ __forceinline__ int swizzled(int row, int chunk) {
   return (row * chunks + (chunk ^ row_swizzle<chunks>(row))) * 16;
 }
 
-// Adds 1 to a counter in device memory and returns what it was; nothing waits for that until it is used. Not
-// `atom.add`, which is compiled into one for the whole warp, and a wait to hand out the results.
-__device__ __forceinline__ int count_claim(int* counter) {
-  int before;
-  asm volatile("atom.inc.relaxed.gpu.global.u32 %0, [%1], 0x7fffffff;"
-               : "=r"(before)
-               : "l"(counter)
-               : "memory");
-  return before;
-}
-
-// Adds 1 after the writes of this thread and those that it has seen.
-__device__ __forceinline__ int count_release(int* counter) {
-  int before;
-  asm volatile("atom.add.release.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
-  return before;
-}
-
-// And before its reads, which wait.
-__device__ __forceinline__ int count_arrival(int* counter) {
-  int before;
-  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
-  return before;
-}
-
 // What is known of a sequence: its blocks in the schedule, and its length.
 struct SequenceInfo {
   int begin, end, length;
@@ -116,49 +78,6 @@ struct SequenceInfo {
   __device__ static SequenceInfo load(const AttentionParams& p, int seq) {
     return {p.schedule[seq], p.schedule[seq + 1], p.seq_lens[seq]};
   }
-};
-
-// The batch in shared memory, for chunks: there is no time to wait for it behind the copies of the ring.
-template <int max_batch>
-struct SequenceTable {
-  int begins[max_batch + 1], lengths[max_batch + 1];
-
-  // Asks for it; it is there with the copies of the first unit.
-  __device__ void copy(const AttentionParams& p) {
-#pragma unroll 1
-    for (int i = threadIdx.x; i <= p.batch; i += blockDim.x) {
-      cp_async_4(smem_address(begins + i), p.schedule + i);
-      if (i < p.batch) cp_async_4(smem_address(lengths + i), p.seq_lens + i);
-    }
-  }
-};
-
-// An item of which this worker has left a partial result in the slots of some interval. The parts are those
-// of `parts` intervals; the first has number first_place.
-struct SharedItem {
-  int seq, head, row_block, first_place, parts;
-};
-
-// What a warp needs to know about a unit when it gets to it.
-struct alignas(16) Unit {
-  static constexpr int kWhole = -1;
-  int seq, head, row_block;
-  int start;   // position of its first token
-  int length;  // of the sequence
-  int slot;    // of the workspace that the item's partial result goes to, or kWhole
-  bool ends;   // it is the last of its item in this interval
-};
-
-template <class S>
-struct AttentionControl {
-  alignas(4) uint8_t visible[kMaxStages][S::kUnitTokens / 8];  // one bit a token: it may be seen
-  Unit units[kMaxStages][S::kWarps];
-  float value_weights[S::kSources][S::D];  // of the item
-  SharedItem shared_items[S::kMaxSharedItems];
-  // What the worker has claimed, in its order: the numbers of chunks, then kNothingLeft.
-  static constexpr int kUnknown = -2, kNothingLeft = -1;
-  volatile int claims[kMaxClaims + 1];
-  SequenceTable<S::kHasTail ? kMaxTailBatch : 0> sequences;
 };
 
 // A place in the order of blocks. Like every number in device memory the schedule is not trusted: with any
@@ -194,20 +113,6 @@ struct BlockCursor {
       if (found < 32 || base >= p.batch) break;
       info = SequenceInfo::load(p, min(base + lane, p.batch - 1));
     }
-    place(p, head_row, at, own);
-  }
-
-  template <int max_batch>
-  __device__ void seek(const AttentionParams& p, int head_row, int at,
-                       const SequenceTable<max_batch>& table) {
-    int found = 0;
-#pragma unroll 1
-    for (int i = threadIdx.x % 32; i < p.batch; i += 32) found += table.begins[i] <= at;
-    seq = max(int(__reduce_add_sync(~0u, found)) - 1, 0);
-    place(p, head_row, at, {table.begins[seq], table.begins[seq + 1], table.lengths[seq]});
-  }
-
-  __device__ void place(const AttentionParams& p, int head_row, int at, const SequenceInfo& own) {
     enter_sequence(p, own);
     head_row = min(head_row, p.num_kv_heads * p.row_blocks - 1);
     head = head_row, row_block = 0;
@@ -226,7 +131,7 @@ struct BlockCursor {
     if (p.batch > 1) enter_sequence(p, SequenceInfo(next));  // a copy, because it overwrites `next`
   }
 
-  // Blocks of the unit here: up to the end of the item and of the interval.
+  // Blocks of the unit here: up to the end of the item and of the worker's range.
   template <class S>
   __device__ int unit_blocks(int left) const {
     return min(min(S::kUnitBlocks, blocks - block), left);
@@ -234,123 +139,36 @@ struct BlockCursor {
 };
 
 // Loads one warp's slice of each unit. An ordinary load returns after the asynchronous copies that were
-// issued before it, however near its data is; so what the next unit needs (its pages, the next sequence, the
-// next chunk) is asked for before the copies of this one, and queries and weights are copied with their unit.
+// issued before it, however near its data is; so what the next unit needs (its pages, the next sequence) is
+// asked for before the copies of this one, and queries and weights are copied with their unit.
 template <class S>
 struct UnitLoader {
   using C = typename S::C;
-  using Control = AttentionControl<S>;
-  int left;  // blocks of the interval; 0 when there is nothing more to load
+  BlockCursor at;
+  int left;              // blocks
+  bool new_item = true;  // the unit is the first of its item, or of the worker
+  int page, offset_in_page;
 
-  // Starts with the worker's range. `first_sequences`: see BlockCursor::seek.
-  __device__ UnitLoader(const AttentionParams& p, const WorkSplit& split,
-                        const SequenceInfo& first_sequences) {
-    enter(p, split, blockIdx.y, blockIdx.x, first_sequences);
+  __device__ UnitLoader(const AttentionParams& p, const BlockCursor& start, int blocks)
+      : at(start), left(blocks) {
+    look_up(p);
   }
 
-  // Issues the copies of the unit here and moves to the next. `ask` makes requests to memory of the kernel's,
-  // which with a tail go out before the copies too.
-  template <class Ask>
-  __device__ __forceinline__ void load_unit(const AttentionParams& p, const WorkSplit& split,
-                                            Control& control, char* ring, int stage, Ask&& ask) {
+  // Issues the copies of the unit here and moves to the next.
+  __device__ __forceinline__ void load_unit(const AttentionParams& p, char* stage, uint8_t* visible) {
     const UnitLoader unit = *this;
     const uint32_t mask = __ballot_sync(~0u, index_is_inside(page, p.cache.num_pages));
     const int count = at.unit_blocks<S>(left);
-    if (split.chunks > 0) {
-      ask();
-      claim(p, count);
-    }
     left -= count;
     if (left > 0) {
       at.advance(p, count);
       new_item = at.block == 0;
       look_up(p);
-    } else if (split.chunks > 0) {
-      enter_claimed(p, split, control);
     }
-    unit.issue(p, control.visible[stage], ring + stage * S::kStageBytes, mask);
-    // While the copies are under way.
-    if (unit.new_item) slot = unit.item_slot(p);
-    if (threadIdx.x % 32 == 0) {
-      const bool ends = unit.at.block + count == unit.at.blocks || count == unit.left;
-      control.units[stage][threadIdx.x / 32] =
-          Unit{unit.at.seq, unit.at.head, unit.at.row_block, unit.at.start(), unit.at.length, slot, ends};
-    }
-    if (unit.new_item && slot != Unit::kWhole) {
-      if (threadIdx.x == 0) control.shared_items[shared_items] = unit.shared_item(p, split);
-      ++shared_items;
-    }
+    unit.issue(p, stage, visible, mask);
   }
 
  private:
-  BlockCursor at;
-  int interval;   // that the unit is in
-  bool new_item;  // the unit is the first of its item, or of the interval
-  int slot;       // of the item: see Unit
-  int page, offset_in_page;
-  int shared_items = 0;                 // so far
-  int claims = 0;                       // that have been answered
-  int claimed = Control::kNothingLeft;  // thread 0: what the next one brings
-
-  // The head row that shares its range with others, or 0: see attention_grid().
-  __device__ int column(const AttentionParams& p) const {
-    return gridDim.x > 1 ? at.head * p.row_blocks + at.row_block : 0;
-  }
-
-  // To the beginning of an interval. `sequences` is what the cursor seeks in.
-  template <class Sequences>
-  __device__ __forceinline__ void enter(const AttentionParams& p, const WorkSplit& split, int new_interval,
-                                        int column, const Sequences& sequences) {
-    interval = new_interval;
-    int begin = split.begin(interval), head_row = column;
-    left = split.begin(interval + 1) - begin;
-    if (gridDim.x == 1 && p.num_kv_heads * p.row_blocks > 1) {
-      head_row = begin / split.blocks;
-      begin -= head_row * split.blocks;
-    }
-    at.seek(p, head_row, begin, sequences);
-    new_item = true;
-    look_up(p);
-  }
-
-  // Asks for the next chunk, before the last unit or units of this interval. The answer comes before the
-  // last.
-  __device__ void claim(const AttentionParams& p, int count) {
-    const bool now = left > S::kUnitBlocks && left - count <= S::kUnitBlocks;
-    if (now && claims < kMaxClaims && threadIdx.x == 0) claimed = count_claim(p.claim_counter());
-  }
-
-  // Tells all warps what thread 0 has claimed. None waits for long: before the next barrier all get here.
-  __device__ void enter_claimed(const AttentionParams& p, const WorkSplit& split, Control& control) {
-    volatile int& shared = control.claims[claims++];
-    if (threadIdx.x == 0) {
-      shared = unsigned(claimed) < split.chunks * gridDim.x ? claimed : Control::kNothingLeft;
-      claimed = Control::kNothingLeft;
-    }
-    __syncwarp();
-    int chunk = shared;
-    while (chunk == Control::kUnknown) chunk = shared;
-    __syncwarp();
-    // Neighbouring chunks are the same tokens of the heads that go in step.
-    if (chunk != Control::kNothingLeft) {
-      enter(p, split, split.ranges + chunk / gridDim.x, chunk % gridDim.x, control.sequences);
-    }
-  }
-
-  // Where the partial result of the item goes. An interval has at most two: of the item that it begins in,
-  // and of the one that it ends in.
-  __device__ int item_slot(const AttentionParams& p) const {
-    const bool begins = at.block == 0, ends = at.blocks - at.block <= left;
-    return begins && ends ? Unit::kWhole : 2 * (interval * int(gridDim.x) + column(p)) + begins;
-  }
-
-  // Of the first unit of an item that this interval shares with others.
-  __device__ SharedItem shared_item(const AttentionParams& p, const WorkSplit& split) const {
-    const int begin = max(0, split.begin(interval + 1) - left - at.block);
-    const int first = split.interval_of(begin), last = split.interval_of(begin + at.blocks - 1);
-    return {at.seq, at.head, at.row_block, first * int(gridDim.x) + column(p), last - first + 1};
-  }
-
   __device__ void look_up(const AttentionParams& p) {
     const int token = threadIdx.x / 32 * S::kSliceTokens + threadIdx.x % S::kSliceTokens;
     const unsigned position = at.start() + token, page_size = p.cache.page_size;
@@ -362,7 +180,7 @@ struct UnitLoader {
     if (inside) page = p.block_table[at.seq * p.block_table_stride + entry];
   }
 
-  __device__ __forceinline__ void issue(const AttentionParams& p, uint8_t* visible, char* stage,
+  __device__ __forceinline__ void issue(const AttentionParams& p, char* stage, uint8_t* visible,
                                         uint32_t mask) const {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int64_t head = at.head;
@@ -450,8 +268,8 @@ struct UnitLoader {
     for (int i = threadIdx.x; i < S::kRows * kChunks; i += S::kThreads) {
       const int local = i / kChunks, chunk = i % kChunks, row = first_row + local;
       const bool valid = row < rows;
-      const int64_t from = at.seq * p.q_batch_stride + row / group * p.q_token_stride +
-                           (head * group + row % group) * p.q_head_stride + chunk * 8;
+      int64_t from = at.seq * p.q_batch_stride + (head * group + row) * p.q_head_stride + chunk * 8;
+      if (p.num_query_tokens > 1) from += row / group * (p.q_token_stride - group * p.q_head_stride);
       cp_async_16(smem_address(stage + S::kQueryOffset + swizzled<kChunks>(local, chunk)),
                   static_cast<const typename S::T*>(p.q) + (valid ? from : 0), valid);
     }

@@ -2,10 +2,8 @@
 //
 // scores = sum_s (a_s * q) K_s^T and out = sum_s b_s * (P V_s): the second source costs its bytes, and
 // neither K_i nor V_i is ever formed. docs/kernels.md has the picture; in short:
-//  - One CTA an SM walks a contiguous range of token blocks, then chunks that it claims (schedule.cuh), a
-//  unit
-//    at a time. Each warp keeps loading its own slice of each unit, a few units ahead, with 16-byte cp.async,
-//    which serve any page size.
+//  - One CTA an SM walks a contiguous range of token blocks (schedule.cuh), a unit at a time. Each warp keeps
+//    loading its own slice of each unit, a few units ahead, with 16-byte cp.async, which serve any page size.
 //  - The query rows of one key/value head (G heads x Q tokens) fill the columns of the tensor-core tile: a
 //    warp has 8 or 16. More rows are shared out to a team of warps, each over the tokens of all of them. A
 //    team keeps its own softmax state and meets nobody until its item ends: the main loop has one barrier per
@@ -16,8 +14,17 @@
 #include <bit>
 
 #include "attention_state.cuh"
+#include "common/overlap.cuh"
 
 namespace fusedkv {
+
+// Adds 1 to a counter in device memory, after the writes of this thread and those that it has seen, and
+// before its reads. Returns what the counter was.
+__device__ __forceinline__ int count_arrival(int* counter) {
+  int before;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
 
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
@@ -25,33 +32,42 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   extern __shared__ __align__(kRingAlignment) char ring[];
   __shared__ AttentionControl<S> control;
 
+  wait_for_previous_kernels();
   // The first loads of all that is needed to find the first block, together.
   const SequenceInfo first_sequences = SequenceInfo::load(p, min(int(threadIdx.x % 32), p.batch - 1));
-  const int stages = p.stages;
-  const WorkSplit split(max(0, min(p.schedule[p.batch], p.max_blocks)), p.num_kv_heads * p.row_blocks,
-                        S::kUnitBlocks, S::kHasTail && p.batch <= kMaxTailBatch);
+  const int head_rows = p.num_kv_heads * p.row_blocks, stages = p.stages;
+  const WorkSplit split(max(0, min(p.schedule[p.batch], p.max_blocks)), head_rows, S::kUnitBlocks);
   if (blockIdx.y >= split.ranges || split.blocks == 0) return;
+  const int begin = split.begin(blockIdx.y), end = split.begin(blockIdx.y + 1);
+  const bool in_step = gridDim.x > 1 || head_rows == 1;
+  const int head_row = in_step ? blockIdx.x : begin / split.blocks;
 
-  UnitLoader<S> loader(p, split, first_sequences);
-  if (split.chunks > 0) {
-    control.sequences.copy(p);
-    if (threadIdx.x <= kMaxClaims) control.claims[threadIdx.x] = AttentionControl<S>::kUnknown;
-  }
-
-  // Each of the worker's partial results has a thread of its own, which counts the worker in at the item's
-  // counter and keeps what that was. After a barrier, one thread's release covers what all of them wrote.
-  int partials = 0, counted = -1;
-  const auto is_to_count = [&] { return threadIdx.x < partials && counted < 0; };
-  const auto merge_counter = [&] {
-    const SharedItem& item = control.shared_items[threadIdx.x];
-    return p.merge_counter(item.seq, item.head, item.row_block);
-  };
+  BlockCursor at;
+  at.seek(p, head_row, in_step ? begin : begin - head_row * split.blocks, first_sequences);
+  UnitLoader<S> loader(p, at, end - begin);
+  if (threadIdx.x == 0) control.shared_items[0].parts = control.shared_items[1].parts = 0;
 
   AttentionState<S> state;
+  constexpr int kWhole = -1;
+  int partial = kWhole;  // which of the worker's partial results the item becomes
   bool new_item = true;
-  int load_stage = 0, read_stage = 0, units = 0;  // units: in the ring
-  for (int step = stages > 1 ? 1 - stages : 0; loader.left > 0 || units > 0; ++step) {
-    const bool reads = step >= 0;  // at first it only loads
+  int load_stage = 0, read_stage = 0, now = begin;
+  for (int step = stages > 1 ? 1 - stages : 0; now < end; ++step) {  // below 0 it only loads
+    const bool reads = step >= 0;
+    if (reads && new_item) {  // before the wait, because the divisions take half a microsecond
+      const int item_begin = max(0, now - at.block), item_end = item_begin + at.blocks;
+      // A worker has at most two partial results: of the item it begins in, and of the one it ends in.
+      partial = item_begin >= begin;
+      if (item_begin >= begin && item_end <= end) {
+        partial = kWhole;
+      } else if (threadIdx.x == 0) {
+        const int first = split.range_of(item_begin);
+        const int last = min(split.range_of(item_end - 1), split.ranges - 1);
+        control.shared_items[partial] = {at.seq,         at.head,
+                                         at.row_block,   first * int(gridDim.x) + int(blockIdx.x),
+                                         int(gridDim.x), last - first + 1};
+      }
+    }
     if (stages == 1) {
       __syncthreads();
     } else if (reads) {
@@ -62,12 +78,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     // Into the stage of the unit before, which the team has left. This is the only place that loads, because
     // instructions are fetched from memory too: a copy of this code costs a short kernel a microsecond.
     if (loader.left > 0) {
-      loader.load_unit(p, split, control, ring, load_stage, [&] {
-        // At once: else whoever ends last would be the last of most of its items, and merge them all.
-        if (new_item && is_to_count()) counted = count_release(merge_counter());
-      });
+      loader.load_unit(p, ring + load_stage * S::kStageBytes, control.visible[load_stage]);
       load_stage = load_stage + 1 == stages ? 0 : load_stage + 1;
-      ++units;
     }
     cp_async_commit();  // empty groups keep the count of groups equal to the count of units
     if (!reads) continue;
@@ -76,52 +88,49 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       __syncthreads();
     }
     char* const stage = ring + read_stage * S::kStageBytes;
-    const Unit& unit = control.units[read_stage][threadIdx.x / 32];
     if (new_item) {
       state.start(p, control, stage);
       __syncthreads();  // all have read the queries before somebody's next load overwrites them
       new_item = false;
     }
-    state.add_unit(p, unit, stage, control.visible[read_stage]);
+    state.add_unit(p, at, stage, control.visible[read_stage]);
     read_stage = read_stage + 1 == stages ? 0 : read_stage + 1;
-    --units;
 
-    if (unit.ends) {
+    const int count = at.template unit_blocks<S>(end - now);
+    if (at.block + count == at.blocks || now + count == end) {
       __syncthreads();  // all teams have left the stage
       state.finish(control, stage);
       __syncthreads();
-      const bool whole = unit.slot == Unit::kWhole;
-      combine<S>(reinterpret_cast<const float*>(stage), S::kTeams, item_rows<S>(p, unit.row_block),
-                 whole ? nullptr : static_cast<float*>(p.workspace) + unit.slot * S::kPartialFloats,
-                 item_output<S>(p, unit.seq, unit.head, unit.row_block));
-      partials += !whole;
+      const int slot = 2 * (blockIdx.y * gridDim.x + blockIdx.x) + partial;
+      combine<S>(control, reinterpret_cast<const float*>(stage), S::kTeams, item_rows<S>(p, at.row_block),
+                 partial == kWhole ? nullptr : static_cast<float*>(p.workspace) + slot * S::kPartialFloats,
+                 item_output<S>(p, at.seq, at.head, at.row_block));
       new_item = true;
     }
+    now += count;
+    if (now < end) at.advance(p, count);
   }
-  // Without a tail only now, for both items at once: a release waits for a round trip to the L2, and an item
-  // that the worker begins in is not complete much earlier anyway.
+  let_next_kernel_start();  // not earlier: its CTAs would lie on the SMs in the order in which ours end
+  // Only now does the worker tell that its partial results are there, of both items at once: a fence waits
+  // for a round trip to the L2, and an item that it begins in is not complete much earlier anyway.
   __syncthreads();
-  if (is_to_count()) counted = count_arrival(merge_counter());
-  if (threadIdx.x < partials) {
-    int& parts = control.shared_items[threadIdx.x].parts;
-    if (counted == parts - 1) {
-      *merge_counter() = 0;
-    } else {
-      parts = 0;
-    }
-  }
-  if (split.chunks > 0) {
-    __threadfence();                        // what was counted in the loop comes before the reads below
-    const bool counts = threadIdx.x == 32;  // not in the warp that has just waited for its counters
-    if (counts && count_claim(p.done_counter()) == gridDim.x * gridDim.y - 1) {
-      *p.claim_counter() = *p.done_counter() = 0;
+  if (threadIdx.x < 2) {
+    SharedItem& item = control.shared_items[threadIdx.x];
+    if (item.parts > 0) {
+      int* const counter = p.schedule + p.batch + 1 + int64_t(item.seq) * head_rows +
+                           item.head * p.row_blocks + item.row_block;
+      // After the barrier, one thread's release covers what all of them wrote.
+      if (count_arrival(counter) == item.parts - 1) {
+        *counter = 0;
+      } else {
+        item.parts = 0;
+      }
     }
   }
   __syncthreads();
 #pragma unroll 1
-  for (int i = 0; i < partials; ++i) {
-    const SharedItem& item = control.shared_items[i];
-    if (item.parts > 0) merge_partials<S>(p, item, ring);
+  for (const SharedItem& item : control.shared_items) {
+    if (item.parts > 0) merge_partials<S>(p, control, item, ring);
   }
 }
 
@@ -170,8 +179,7 @@ size_t attention_workspace_bytes(const FusedAttentionParams& params) {
     using S = decltype(shape);
     AttentionLaunch launch;
     if (plan_attention_launch<S>(launch) != cudaSuccess) return 0;
-    const size_t intervals = launch.multiprocessors * (1 + (S::kHasTail ? kChunksPerWorker : 0));
-    return intervals * 2 * S::kPartialFloats * sizeof(float);
+    return size_t(launch.multiprocessors) * 2 * S::kPartialFloats * sizeof(float);
   });
 }
 
@@ -196,8 +204,7 @@ cudaError_t launch_attention(const FusedAttentionParams& params, cudaStream_t st
         launch.stages,
     };
     const dim3 grid = attention_grid(launch.multiprocessors, head_rows);
-    fused_attention_kernel<S><<<grid, S::kThreads, launch.shared_bytes, stream>>>(p);
-    return cudaGetLastError();
+    return launch_overlapping(fused_attention_kernel<S>, grid, S::kThreads, launch.shared_bytes, stream, p);
   });
 }
 

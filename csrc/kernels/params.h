@@ -132,8 +132,8 @@ struct FuseKvBackwardParams {
   void* workspace;  // fuse_kv_backward_workspace_bytes(params) bytes
 };
 
-// The work split of fused_attention, see schedule.cuh: int32 [B + 1 cumulative counts of 64-token blocks |
-// 2 counters of claims, zero | B * Hkv * ceil(G * Q / 64) merge counters, zero].
+// The work split of fused_attention, see schedule.cuh: int32
+// [B + 1 cumulative counts of 64-token blocks | B * Hkv * ceil(G * Q / 64) merge counters, all zero].
 struct AttentionScheduleParams {
   int batch, num_query_tokens, num_q_heads, num_kv_heads;
   int window;           // 0: no window

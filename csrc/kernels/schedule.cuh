@@ -3,13 +3,8 @@
 // The work is in blocks of 64 tokens of one sequence, read for one key/value head and up to 64 query rows (a
 // row block). Each worker takes an equal range of them, so that every CTA reads the same number of bytes
 // whatever the lengths are, and the device finds its share from B + 1 cumulative counts. The blocks of one
-// (sequence, head, row block) are an item.
-//
-// Memory serves some SMs faster than others. So where there is much to do, the last blocks of the batch, the
-// tail, are left out of the ranges and cut into chunks, which workers claim from a counter when they are done
-// with their ranges. Ranges and chunks together are the intervals. They depend on the lengths alone: an item
-// that crosses intervals leaves a partial result in each, and they are added in the order of the intervals,
-// so that the result does not depend on who claimed what. Who arrives last at the item's counter adds them.
+// (sequence, head, row block) are an item; an item that crosses workers leaves partial results, which the
+// last worker to arrive at the item's counter merges.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -45,47 +40,21 @@ inline dim3 attention_grid(int multiprocessors, int head_rows) {
   return in_step ? dim3(head_rows, multiprocessors / head_rows) : dim3(1, multiprocessors);
 }
 
-// The tail. With more and smaller chunks the workers end closer together, and there is more to add up.
-constexpr int kTailMinUnits = 16;   // of a range, for there to be a tail
-constexpr int kTailSixteenths = 2;  // of all blocks
-constexpr int kChunkMinUnits = 2;
-constexpr int kChunksPerWorker = 6;  // at most, on average: the workspace has slots for so many
-constexpr int kMaxClaims = 15;       // of a worker: a lane for each partial result, two an interval
-constexpr int kMaxTailBatch = 512;   // sequences, which are searched for the beginning of a chunk
-static_assert(kChunkMinUnits >= 2, "the next chunk is claimed before the last unit of this one");
-static_assert(kChunksPerWorker <= kMaxClaims, "while chunks are left, some worker claims");
-
 struct WorkSplit {
-  int blocks;                 // of the batch, for one head row
-  int ranges, share, extra;   // the first `extra` ranges are one block longer than `share`
-  int chunk = 1, chunks = 0;  // blocks of a chunk, number of chunks: of one head row where those are in step
+  int blocks;                // of the batch, for one head row
+  int ranges, share, extra;  // the first `extra` ranges are one block longer than `share`
 
-  __device__ WorkSplit(int batch_blocks, int head_rows, int unit_blocks, bool may_have_tail) {
+  __device__ WorkSplit(int batch_blocks, int head_rows, int unit_blocks) {
     blocks = batch_blocks;
-    int length = gridDim.x == 1 ? blocks * head_rows : blocks;
+    const int length = gridDim.x == 1 ? blocks * head_rows : blocks;
     // Never more than units: smaller shares would only make more partial results to merge.
     ranges = max(1, min(int(gridDim.y), ceil_div(length, unit_blocks)));
-    share = length / ranges;
-    if (may_have_tail && share >= kTailMinUnits * unit_blocks) {
-      const int tail = length / 16 * kTailSixteenths;
-      chunk = unit_blocks * max(kChunkMinUnits, ceil_div(tail, kChunksPerWorker * ranges * unit_blocks));
-      chunks = tail / chunk;
-      length -= chunks * chunk;
-      share = length / ranges;
-    }
-    extra = length - share * ranges;
+    share = length / ranges, extra = length - share * ranges;
   }
-  __device__ int tail_begin() const { return ranges * share + extra; }
-  __device__ int begin(int interval) const {
-    if (interval > ranges) return tail_begin() + (interval - ranges) * chunk;
-    return interval * share + min(interval, extra);
-  }
-  __device__ int interval_of(int position) const {
-    const int longer = extra * (share + 1), tail = tail_begin();
-    int before = 0, from = 0, size = share + 1;  // the intervals before those of the position's size
-    if (position >= longer) before = extra, from = longer, size = share;
-    if (position >= tail) before = ranges, from = tail, size = chunk;
-    return min(before + (position - from) / size, ranges + chunks - 1);
+  __device__ int begin(int range) const { return range * share + min(range, extra); }
+  __device__ int range_of(int position) const {
+    const int longer = extra * (share + 1);
+    return position < longer ? position / (share + 1) : extra + (position - longer) / share;
   }
 };
 

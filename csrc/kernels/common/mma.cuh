@@ -26,10 +26,6 @@ __device__ __forceinline__ void cp_async_16(uint32_t smem, const void* global, b
   }
 }
 
-__device__ __forceinline__ void cp_async_4(uint32_t smem, const void* global) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(smem), "l"(global) : "memory");
-}
-
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most N of this thread's committed groups are still in flight.

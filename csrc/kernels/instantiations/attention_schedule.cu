@@ -28,8 +28,8 @@ __global__ void __launch_bounds__(kThreads) attention_schedule_kernel(const Atte
     before += total;
     __syncthreads();  // storage is used again
   }
-  const int64_t counters = 2 + int64_t(p.batch) * p.num_kv_heads *
-                                   num_row_blocks(p.num_q_heads, p.num_kv_heads, p.num_query_tokens);
+  const int64_t counters =
+      int64_t(p.batch) * p.num_kv_heads * num_row_blocks(p.num_q_heads, p.num_kv_heads, p.num_query_tokens);
   for (int64_t i = threadIdx.x; i < counters; i += kThreads) p.schedule[p.batch + 1 + i] = 0;
 }
 
