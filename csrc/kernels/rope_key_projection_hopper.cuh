@@ -1,14 +1,11 @@
 // rope_key_projection for many tokens on Hopper: one CTA an SM walks over output tiles of 128 tokens. One
-// thread copies tiles of x and of the weight into a ring of stages; two warpgroups of 64 tokens each multiply
-// them and finish the heads in their registers.
+// warp copies tiles of x and of the weight into a ring of stages, two warpgroups multiply 64 tokens each, and
+// three warps finish the heads of a tile while the next one is multiplied. The products reach them through
+// shared memory, rounded to the dtype as those of a library product are.
 //
-// Two tricks keep the epilogue small. The weight's rows arrive permuted, so that the accumulators of a lane
-// are parts of heads as HeadPart has them: nothing is exchanged but sums of squares. And the two warpgroups
-// share the stages but nothing else, the first some stages ahead: while one finishes its heads, the other has
-// the tensor cores to itself.
+// The weight's rows arrive permuted, so that eight of a lane's accumulators are neighbouring channels: 16
+// bytes to store.
 #pragma once
-
-#include <cudaTypedefs.h>
 
 #include <algorithm>
 
@@ -16,27 +13,34 @@
 #include "common/hopper.cuh"
 #include "common/overlap.cuh"
 #include "common/rope.cuh"
+#include "common/tensor_map.h"
 #include "launch.h"
 
 namespace fusedkv {
 
-constexpr int kHopperRows = 128;     // tokens of a tile, half of them a warpgroup's
-constexpr int kHopperDepth = 64;     // channels of x a stage: 128 bytes a row, what the swizzle spans
-constexpr int kHopperThreads = 384;  // a warpgroup for the copies, two for the products
-constexpr int kHopperLead = 2;       // stages that the first warpgroup is ahead
-constexpr int kCopyRegisters = 24, kProductRegisters = 240;  // a thread; 64512 in all
+constexpr int kHopperRows = 128;  // tokens of a tile, half of them a warpgroup's
+constexpr int kHopperDepth = 64;  // channels of x a stage: 128 bytes a row, what the swizzle spans
+constexpr int kHopperThreads = 384;
+// Stages that the first warpgroup is ahead: it stores its products while the other one multiplies.
+constexpr int kHopperLead = 1;
+// CTAs of a cluster, on successive rows of tiles; each copies a part of the weight's tile to both, which
+// halves what the L2 must deliver.
+constexpr int kHopperCtas = 2;
 constexpr int kLeadBarrier = 1;
+constexpr int kHopperRingBytes = 224 * 1024;  // the most for the stages and the products of a tile
 
-// kCols: channels of heads of a tile. kCtas: CTAs of a cluster, on successive rows of tiles; each copies a
-// part of the weight's tile to both, which halves what the L2 must deliver.
-template <int kCols, int kCtas>
+// kCols: channels of heads of a tile.
+template <int kCols>
 struct HopperTile {
-  static constexpr int kXBytes = kHopperRows * kHopperDepth * 2;
   static constexpr int kWeightBytes = kCols * kHopperDepth * 2;
-  static constexpr int kStageBytes = kXBytes + kWeightBytes;
-  static constexpr int kStages = 192 * 1024 / kStageBytes;
-  static constexpr int kSmemBytes = kStages * kStageBytes + 1024;  // the swizzle wants multiples of 1024
-  static constexpr int kClusterRows = kCtas * kHopperRows;
+  static constexpr int kXBytes = kHopperRows * kHopperDepth * 2;
+  static constexpr int kStageBytes = kWeightBytes + kXBytes;
+  static constexpr int kRowBytes = kCols * 2, kProductBytes = kHopperRows * kRowBytes;
+  // Three for 256 columns. A fourth that the products borrow was slower: it filled the ring late.
+  static constexpr int kStages = (kHopperRingBytes - kProductBytes) / kStageBytes;
+  static constexpr int kSmemBytes =
+      kProductBytes + kStages * kStageBytes + 1024;  // for the swizzle's alignment
+  static constexpr int kClusterRows = kHopperCtas * kHopperRows;
   static constexpr int kAccumulators = kCols / 2;  // a thread
 };
 
@@ -65,86 +69,87 @@ struct HopperTiles {
   }
 };
 
-// A place in the ring, and the parity of the phase that its barriers are in.
-template <int kStages>
-struct RingPlace {
-  int stage = 0;
-  uint32_t parity = 0;
+// The tile that a CTA takes as its `number`th.
+struct HopperTurn {
+  int row, col_tile;  // the CTA's first row
 
-  __device__ __forceinline__ void next() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
+  __device__ __forceinline__ HopperTurn(const HopperTiles& tiles, int number) {
+    const int cluster = blockIdx.x / kHopperCtas, rank = blockIdx.x % kHopperCtas;
+    const int clusters = gridDim.x / kHopperCtas;
+    int row_tile;
+    tiles.place(cluster + number * clusters, row_tile, col_tile);
+    row = (row_tile * kHopperCtas + rank) * kHopperRows;
+  }
+  static __device__ __forceinline__ int count(const HopperTiles& tiles) {  // at least 1
+    const int cluster = blockIdx.x / kHopperCtas, clusters = gridDim.x / kHopperCtas;
+    return (tiles.count() - cluster + clusters - 1) / clusters;
   }
 };
 
-template <class T, int D, int kCols, int kCtas>
+// A token's position and slot as they are given, or -1: nothing has waited for them.
+struct HopperToken {
+  int64_t position = -1, slot = -1;
+};
+
+template <class T, int D, int kCols>
 struct HopperProjection {
-  using Tile = HopperTile<kCols, kCtas>;
-  using Ring = RingPlace<Tile::kStages>;
+  using Tile = HopperTile<kCols>;
   static constexpr int kHeads = kCols / D, kParts = D / 64;  // kParts: HeadParts of a head in one lane
 
   const RopeKeyProjectionParams& p;
   const HopperTiles tiles;
-  const uint32_t ring, full, empty;  // full, empty: barriers of the first stage
+  // Shared memory. Barriers, the first of: stages full and empty, products of each warpgroup ready; and one
+  // for the products' place, free.
+  const uint32_t products, full, empty, ready, free;
+  const uint32_t ring = products + Tile::kProductBytes;
   const int k_tiles = (p.hidden + kHopperDepth - 1) / kHopperDepth;
+  const int turns = HopperTurn::count(tiles);
 
-  // One thread. A stage is empty when all warps that read it, in both CTAs of the cluster where there are
-  // two, have said so: each CTA writes into the other's stage.
+  // ------------------------------------------------------------------------------------------- one thread
+
+  // A stage is empty when all warps that read it, in both CTAs of the cluster, have said so: each CTA writes
+  // into the other's stage.
   __device__ __forceinline__ void copy(const CUtensorMap& x_map, const CUtensorMap& weight_map) const {
-    const int rank = blockIdx.x % kCtas;
-    Ring at;
-    for (int tile = blockIdx.x / kCtas; tile < tiles.count(); tile += gridDim.x / kCtas) {
-      int row_tile, col_tile;
-      tiles.place(tile, row_tile, col_tile);
+    constexpr int kBoxes = kWeightBoxes / kHopperCtas;
+    const int first_box = blockIdx.x % kHopperCtas * kBoxes;
+    RingPlace<Tile::kStages> at;
+    for (int number = 0; number < turns; ++number) {
+      const HopperTurn turn(tiles, number);
       for (int k = 0; k < k_tiles; ++k, at.next()) {
-        const uint32_t x_stage = ring + at.stage * Tile::kStageBytes, weight_stage = x_stage + Tile::kXBytes;
+        const uint32_t weight = ring + at.stage * Tile::kStageBytes, x = weight + Tile::kWeightBytes;
         const uint32_t barrier = full + at.stage * 8;
         mbarrier_wait(empty + at.stage * 8, at.parity ^ 1);
         mbarrier_arrive_expect(barrier, Tile::kStageBytes);
-        copy_box_2d(x_stage, x_map, barrier, k * kHopperDepth, (row_tile * kCtas + rank) * kHopperRows);
+        copy_box_2d(x, x_map, barrier, k * kHopperDepth, turn.row);
 #pragma unroll
-        for (int i = 0; i < kWeightBoxes / kCtas; ++i) {
-          const int pair = rank * (kWeightBoxes / kCtas) + i;
-          copy_box_5d<kCtas>(weight_stage + pair * (Tile::kWeightBytes / kWeightBoxes), weight_map, barrier,
-                             k * kHopperDepth, 0, pair, 0, col_tile * (kCols / 32));
+        for (int pair = 0; pair < kBoxes; ++pair) {
+          copy_box_5d<kHopperCtas>(weight + (first_box + pair) * (Tile::kWeightBytes / kWeightBoxes),
+                                   weight_map, barrier, k * kHopperDepth, 0, first_box + pair, 0,
+                                   turn.col_tile * (kCols / 32));
         }
       }
     }
   }
 
-  // Lane i of a warp tells CTA i of the cluster that the warp has read a stage.
-  __device__ __forceinline__ void release(int stage) const {
-    if (threadIdx.x % 32 < kCtas) mbarrier_arrive_at(empty + stage * 8, threadIdx.x % 32);
+  // --------------------------------------------------------------------------------------- two warpgroups
+
+  // Lane i of a warp tells CTA i of the cluster that the warp is done with what the barrier guards.
+  __device__ __forceinline__ void tell_cluster(uint32_t barrier) const {
+    if (threadIdx.x % 32 < kHopperCtas) mbarrier_arrive_at(barrier, threadIdx.x % 32);
   }
 
   __device__ __forceinline__ void multiply(int warpgroup) const {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    const int rank = blockIdx.x % kCtas;
     const int lead = min(kHopperLead, k_tiles);
-    bool is_first = true;
-    Ring at;
-    for (int tile = blockIdx.x / kCtas; tile < tiles.count(); tile += gridDim.x / kCtas) {
-      int row_tile, col_tile;
-      tiles.place(tile, row_tile, col_tile);
-      // This lane's two rows. Their positions and slots arrive during the product: nothing looks at them
-      // before.
-      const int64_t token0 =
-          int64_t{row_tile * kCtas + rank} * kHopperRows + warpgroup * 64 + warp * 16 + lane / 4;
-      int64_t position[2], slot[2];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int64_t token = token0 + 8 * r;
-        const bool present = token < p.num_tokens;
-        position[r] = present ? raw_position(p.heads, token) : -1;
-        slot[r] = present && p.heads.num_kv_heads > 0 ? p.heads.slot_mapping[token] : -1;
-      }
-
-      if (is_first && warpgroup == 1) named_barrier_wait(kLeadBarrier, 256);
+    RingPlace<Tile::kStages> at;
+    for (int number = 0; number < turns; ++number) {
+      const HopperTurn turn(tiles, number);
+      if (kHopperLead > 0 && number == 0 && warpgroup == 1) named_barrier_wait(kLeadBarrier, 256);
       float acc[Tile::kAccumulators];
       int last = 0;
       for (int k = 0; k < k_tiles; ++k, at.next()) {
         const uint32_t stage = ring + at.stage * Tile::kStageBytes;
-        const uint64_t x = wgmma_matrix(stage + warpgroup * (Tile::kXBytes / 2));
-        const uint64_t weight = wgmma_matrix(stage + Tile::kXBytes);
+        const uint64_t weight = wgmma_matrix(stage);
+        const uint64_t x = wgmma_matrix(stage + Tile::kWeightBytes + warpgroup * (Tile::kXBytes / 2));
         mbarrier_wait(full + at.stage * 8, at.parity);
         wgmma_fence();
 #pragma unroll
@@ -152,88 +157,34 @@ struct HopperProjection {
           wgmma_64x16<T>(acc, x + 2 * i, weight + 2 * i, k > 0 || i > 0);
         }
         wgmma_commit();
-        if (is_first && warpgroup == 0 && k == lead - 1) named_barrier_arrive(kLeadBarrier, 256);
+        if (kHopperLead > 0 && number == 0 && warpgroup == 0 && k == lead - 1) {
+          named_barrier_arrive(kLeadBarrier, 256);
+        }
         wgmma_wait<1>();  // of the stage before: the tensor cores always have the next one's work
-        if (k > 0) release(last);
+        if (k > 0) tell_cluster(empty + last * 8);
         last = at.stage;
       }
-      is_first = false;
-      finish(acc, token0, col_tile, position, slot, last);
-    }
-  }
+      wgmma_wait<0>();
+      fence_registers(acc);
+      tell_cluster(empty + last * 8);
 
-  // Waits for the product's last stage, and finishes and stores the heads of this lane's two rows.
-  __device__ __forceinline__ void finish(float (&acc)[Tile::kAccumulators], int64_t token0, int col_tile,
-                                         const int64_t (&position)[2], const int64_t (&slot)[2],
-                                         int last_stage) const {
-    const int lane = threadIdx.x % 4;
-    const int num_heads = p.heads.num_q_heads + 2 * p.heads.num_kv_heads;
-    const HeadId first(p.heads, col_tile * kHeads);
-    HeadAngles<D> angles[kParts];
-    const auto load_angles = [&](int r, int part) {
-      const bool known = index_is_inside(position[r], p.heads.max_positions);
-      // When the first head is a value, all are.
-      angles[part] = {p.heads, first.kind, known ? position[r] : -1, 4 * part + lane};
-    };
-    HeadNorm<T, D> norms[kParts];
-    const auto load_norms = [&](HeadKind kind) {
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) norms[part] = {p.heads, kind, 4 * part + lane};
-    };
-    // In the shadow of the last products.
-    HeadKind norms_kind = first.kind;
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) load_angles(0, part);
-    load_norms(norms_kind);
-
-    wgmma_wait<0>();
-    fence_registers(acc);
-    release(last_stage);
-
-    if (p.bias != nullptr) add_bias(acc, col_tile);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int64_t token = token0 + 8 * r;
-      const bool known = index_is_inside(position[r], p.heads.max_positions);
-      const CacheRow row(p.heads.cache, known ? slot[r] : -1);
-#pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
-        const HeadId head(p.heads, col_tile * kHeads + h);
-        if (head.kind != norms_kind) load_norms(norms_kind = head.kind);
-        HeadPart<D> x[kParts];
-        float squares = 0.f;
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-          for (int i = 0; i < 16; ++i) {
-            x[part][i] = acc[accumulator_of<kCols>(h * (D / 32) + i / 8 * (D / 64) + part, r, i % 8)];
-          }
-          squares += sum_of_squares(x[part]);
-        }
-        const float scale = norm_scale(p.heads, sum_over_lanes<4>(squares) / D, norms[0]);
-        HeadStore<T, D> store(p.heads, head, token, row, lane);
-        const bool stored = token < p.num_tokens && col_tile * kHeads + h < num_heads && store.to != nullptr;
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-          if (stored) {
-            if (part > 0) store.skip_channels(32);
-            finish_head(p.heads, x[part], head.kind, scale, norms[part], angles[part], store);
-          }
-          // The other row's, as soon as there are registers: they arrive while its norm is computed.
-          if (r == 0 && h == kHeads - 1) load_angles(1, part);
-        }
-      }
+      if (p.bias != nullptr) add_bias(acc, turn.col_tile);
+      // The products of the tile before have been read by then, except where tiles are short.
+      if (number > 0) mbarrier_wait(free, (number - 1) & 1);
+      store_products(acc, warpgroup);
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) mbarrier_arrive(ready + warpgroup * 8);
     }
   }
 
   __device__ __forceinline__ void add_bias(float (&acc)[Tile::kAccumulators], int col_tile) const {
-    const int lane = threadIdx.x % 4, num_cols = (p.heads.num_q_heads + 2 * p.heads.num_kv_heads) * D;
+    const int num_cols = (p.heads.num_q_heads + 2 * p.heads.num_kv_heads) * D;
 #pragma unroll
     for (int group = 0; group < kCols / 32; ++group) {
-      const int col = col_tile * kCols + 32 * group;
-      if (col >= num_cols) break;
       // A copy first: unpacked from where it lies, it would be loaded byte by byte.
-      const Bits8<T> bits = static_cast<const Bits8<T>*>(p.bias)[col / 8 + lane];
+      Bits8<T> bits{};
+      const int col = col_tile * kCols + 32 * group + threadIdx.x % 4 * 8;
+      if (col < num_cols) bits = static_cast<const Bits8<T>*>(p.bias)[col / 8];
       const Vec8 bias = Vec8::unpack<T>(bits);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -242,43 +193,171 @@ struct HopperProjection {
       }
     }
   }
+
+  // Where eight channels of a row wait. Eight lanes that store or load together have four chunks of two
+  // neighbouring rows or eight of one: all banks, when every other row swaps its chunks by fours.
+  __device__ __forceinline__ uint32_t products_at(int row, int chunk) const {
+    return products + row * Tile::kRowBytes + (chunk ^ row % 2 * 4) * 16;
+  }
+
+  __device__ __forceinline__ void store_products(const float (&acc)[Tile::kAccumulators],
+                                                 int warpgroup) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    const int row = warpgroup * 64 + warp * 16 + lane / 4;
+    const uint32_t even = products_at(row, lane % 4), odd = products_at(row, 4 + lane % 4);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int group = 0; group < kCols / 32; ++group) {
+        uint32_t pairs[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          pairs[i] = pack2<T>(acc[accumulator_of<kCols>(group, r, 2 * i)],
+                              acc[accumulator_of<kCols>(group, r, 2 * i + 1)]);
+        }
+        store_shared_16((group % 2 ? odd : even) + group / 2 * 128 + r * (8 * Tile::kRowBytes),
+                        {pairs[0], pairs[1], pairs[2], pairs[3]});
+      }
+    }
+  }
+
+  // --------------------------------------------------------- three warps, for the last tile all but one
+
+  // Of this lane's row among those from `first` on.
+  __device__ __forceinline__ HopperToken look_up(const HopperTurn& turn, int first) const {
+    const int row = first + threadIdx.x % 32 / 4;
+    const int64_t index = turn.row + row;
+    HopperToken token;
+    if (row < kHopperRows && index < p.num_tokens) {
+      token.position = raw_position(p.heads, index);
+      if (p.heads.num_kv_heads > 0) token.slot = p.heads.slot_mapping[index];
+    }
+    return token;
+  }
+
+  // Four lanes have a row's heads, as HeadParts 4 * part + lane; a warp has eight rows at once.
+  __device__ __forceinline__ void finish(int number) const {
+    const HopperTurn turn(tiles, number);
+    const bool is_last = number == turns - 1;
+    const int first_row = (static_cast<int>(threadIdx.x) / 32 - 1) * 8, row_step = (is_last ? 11 : 3) * 8;
+    HopperToken token = look_up(turn, first_row);
+    const int lane = threadIdx.x % 4;
+    const int first_head = turn.col_tile * kHeads;
+    const int num_heads = p.heads.num_q_heads + 2 * p.heads.num_kv_heads;
+    const HeadKind first_kind = HeadId(p.heads, first_head).kind;
+    HeadKind kind = first_kind;
+    HeadNorm<T, D> norms[kParts];
+    const auto load_norms = [&] {
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) norms[part] = {p.heads, kind, 4 * part + lane};
+    };
+    load_norms();
+#pragma unroll 1
+    for (int first = first_row; first < kHopperRows; first += row_step) {
+      const int row = first + threadIdx.x % 32 / 4;
+      const int64_t index = turn.row + row;
+      const bool is_known = index_is_inside(token.position, p.heads.max_positions);
+      HeadAngles<D> angles[kParts];
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        // When the first head is a value, all are.
+        angles[part] = {p.heads, first_kind, is_known ? token.position : -1, 4 * part + lane};
+      }
+      const CacheRow cache_row(p.heads.cache, is_known ? token.slot : -1);
+      token = look_up(turn, first + row_step);
+
+      mbarrier_wait(ready + first / 64 * 8, number & 1);
+      RawPart<T, D> heads[kHeads][kParts];
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            heads[h][part].half[i] =
+                load_shared_16(products_at(row, h * (D / 8) + i * (D / 16) + 4 * part + lane));
+          }
+        }
+      }
+      float scale[kHeads];  // without a norm, nothing uses it
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+        float squares = 0.f;
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          HeadPart<D> x = heads[h][part].unpack();
+          squares += sum_of_squares(x);
+        }
+        scale[h] = rsqrtf(sum_over_lanes<4>(squares) / D + p.heads.eps);
+      }
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+        const HeadId head(p.heads, first_head + h);
+        if (head.kind != kind) {
+          kind = head.kind;
+          load_norms();
+        }
+        HeadStore<T, D> store(p.heads, head, index, cache_row, lane);
+        if (index >= p.num_tokens || first_head + h >= num_heads || store.to == nullptr) continue;
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          HeadPart<D> x = heads[h][part].unpack();
+          finish_head(p.heads, x, kind, scale[h], norms[part], angles[part], store);
+          store.skip_channels(32);
+        }
+      }
+    }
+    if (is_last) return;
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(free);
+  }
 };
 
-template <class T, int D, int kCols, int kCtas>
+template <class T, int D, int kCols>
 __global__ void __launch_bounds__(kHopperThreads, 1)
     rope_key_projection_hopper_kernel(const __grid_constant__ RopeKeyProjectionParams p,
                                       const __grid_constant__ CUtensorMap x_map,
                                       const __grid_constant__ CUtensorMap weight_map, HopperTiles tiles) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Tile = HopperTile<kCols, kCtas>;
+  using Tile = HopperTile<kCols>;
+  using Projection = HopperProjection<T, D, kCols>;
   extern __shared__ unsigned char smem[];
-  __shared__ uint64_t full[Tile::kStages], empty[Tile::kStages];
-  const uint32_t ring = (smem_address(smem) + 1023) / 1024 * 1024;
-  const HopperProjection<T, D, kCols, kCtas> projection{p, tiles, ring, smem_address(full),
-                                                        smem_address(empty)};
-  let_next_kernel_start();
+  __shared__ uint64_t full[Tile::kStages], empty[Tile::kStages], ready[2], free;
+  const Projection projection{p,
+                              tiles,
+                              (smem_address(smem) + 1023) / 1024 * 1024,
+                              smem_address(full),
+                              smem_address(empty),
+                              smem_address(ready),
+                              smem_address(&free)};
   if (threadIdx.x == 0) {
     prefetch_tensor_map(x_map);
     prefetch_tensor_map(weight_map);
     for (int i = 0; i < Tile::kStages; ++i) {
       mbarrier_init(projection.full + 8 * i, 1);
-      mbarrier_init(projection.empty + 8 * i, 8 * kCtas);  // warps
+      mbarrier_init(projection.empty + 8 * i, 8 * kHopperCtas);  // warps
     }
+    for (int i = 0; i < 2; ++i) mbarrier_init(projection.ready + 8 * i, 4);
+    mbarrier_init(projection.free, 3);
     fence_mbarrier_init();
   }
   cluster_arrive();  // no CTA touches the other's barriers before they exist
   cluster_wait();
   wait_for_previous_kernels();
+  let_next_kernel_start();
 
-  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // tells the compiler that warps agree on it
-  if (warpgroup == 0) {
-    give_registers<kCopyRegisters>();
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // tells the compiler that warps agree on it
+  if (warp == 0) {
     if (threadIdx.x == 0) projection.copy(x_map, weight_map);
+    __syncwarp();  // it arrives below as one
   } else {
-    take_registers<kProductRegisters>();
-    projection.multiply(warpgroup - 1);
+    int number = 0;
+    if (warp >= 4) {
+      projection.multiply(warp / 4 - 1);
+      number = projection.turns - 1;
+    }
+    for (; number < projection.turns; ++number) projection.finish(number);
   }
-  __syncwarp();  // the warp of the copying thread arrives as one
   // A CTA must stay while the other still writes to its barriers.
   cluster_arrive();
   cluster_wait();
@@ -287,47 +366,9 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
 #endif
 }
 
-// cuTensorMapEncodeTiled of the driver, found at run time so that nothing links to libcuda; null where the
-// driver lacks it.
-inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
-  static const auto encoder = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                               cudaEnableDefault, &result);
-    const bool found = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
-    return found ? reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function) : nullptr;
-  }();
-  return encoder;
-}
-
-// A row-major matrix seen with `rank` dimensions, innermost first. strides: of all but the first, in
-// elements.
-template <class T, int rank>
-cudaError_t encode_tensor_map(CUtensorMap& map, const void* data, const cuuint64_t (&sizes)[rank],
-                              const cuuint64_t (&strides)[rank - 1], const cuuint32_t (&box)[rank]) {
-  cuuint64_t byte_strides[rank - 1];
-  cuuint32_t steps[rank];
-  for (int i = 0; i < rank; ++i) steps[i] = 1;
-  for (int i = 0; i < rank - 1; ++i) byte_strides[i] = strides[i] * sizeof(T);
-  const auto encode = tensor_map_encoder();
-  if (encode == nullptr) return cudaErrorNotSupported;
-  const CUresult result = encode(
-      &map, std::is_same_v<T, f16> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank,
-      const_cast<void*>(data), sizes, byte_strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
-inline cudaError_t count_sms(int& sms) {
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  return error != cudaSuccess ? error : cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-}
-
-template <class T, int D, int kCols, int kCtas>
+template <class T, int D, int kCols>
 cudaError_t launch_hopper_tile(const RopeKeyProjectionParams& p, cudaStream_t stream) {
-  using Tile = HopperTile<kCols, kCtas>;
+  using Tile = HopperTile<kCols>;
   const cuuint64_t tokens = p.num_tokens, hidden = p.hidden;
   const cuuint64_t cols = cuuint64_t(p.heads.num_q_heads + 2 * p.heads.num_kv_heads) * D;
   if (tokens == 0 || cols == 0) return cudaSuccess;
@@ -340,7 +381,7 @@ cudaError_t launch_hopper_tile(const RopeKeyProjectionParams& p, cudaStream_t st
                                   {hidden, 2 * hidden, 8 * hidden, 32 * hidden},
                                   {kHopperDepth, 2, 1, 4, kCols / 32});
   if (error != cudaSuccess) return error;
-  const auto kernel = rope_key_projection_hopper_kernel<T, D, kCols, kCtas>;
+  const auto kernel = rope_key_projection_hopper_kernel<T, D, kCols>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSmemBytes);
   if (error != cudaSuccess) return error;
   int sms = 0;
@@ -353,9 +394,9 @@ cudaError_t launch_hopper_tile(const RopeKeyProjectionParams& p, cudaStream_t st
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {kCtas, 1, 1};
+  attributes[1].val.clusterDim = {kHopperCtas, 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(std::min(sms / kCtas, tiles.row_tiles * tiles.col_tiles) * kCtas);
+  config.gridDim = dim3(std::min(sms / kHopperCtas, tiles.row_tiles * tiles.col_tiles) * kHopperCtas);
   config.blockDim = dim3(kHopperThreads);
   config.dynamicSmemBytes = Tile::kSmemBytes;
   config.stream = stream;
@@ -370,14 +411,14 @@ cudaError_t launch_hopper_tile(const RopeKeyProjectionParams& p, cudaStream_t st
 template <class T, int D>
 bool has_hopper_kernel() {
   cudaFuncAttributes compiled;
-  return cudaFuncGetAttributes(&compiled, rope_key_projection_hopper_kernel<T, D, 256, 2>) == cudaSuccess &&
+  return cudaFuncGetAttributes(&compiled, rope_key_projection_hopper_kernel<T, D, 256>) == cudaSuccess &&
          compiled.sharedSizeBytes > 0 && tensor_map_encoder() != nullptr;
 }
 
 // How long the last SM works, in halves of a tile of 256 columns. Narrow tiles read more for every product
 // and take more than half of the time, so that they pay only where wide ones leave SMs idle.
-inline double hopper_time(int64_t tokens, int64_t cols, int tile_cols, int ctas, int sms) {
-  const int64_t tile_rows = int64_t{ctas} * kHopperRows, clusters = sms / ctas;
+inline double hopper_time(int64_t tokens, int64_t cols, int tile_cols, int sms) {
+  const int64_t tile_rows = kHopperCtas * kHopperRows, clusters = sms / kHopperCtas;
   const int64_t tiles = (tokens + tile_rows - 1) / tile_rows * ((cols + tile_cols - 1) / tile_cols);
   return static_cast<double>((tiles + clusters - 1) / clusters) * (tile_cols == 256 ? 2.0 : 1.25);
 }
@@ -388,11 +429,9 @@ cudaError_t launch_hopper(const RopeKeyProjectionParams& p, cudaStream_t stream)
   const cudaError_t error = count_sms(sms);
   if (error != cudaSuccess) return error;
   const int64_t cols = int64_t{p.heads.num_q_heads + 2 * p.heads.num_kv_heads} * D;
-  const auto time = [&](int tile_cols, int ctas) {
-    return hopper_time(p.num_tokens, cols, tile_cols, ctas, sms);
-  };
-  if (time(256, 2) <= time(128, 2)) return launch_hopper_tile<T, D, 256, 2>(p, stream);
-  return launch_hopper_tile<T, D, 128, 2>(p, stream);
+  const double wide = hopper_time(p.num_tokens, cols, 256, sms);
+  const double narrow = hopper_time(p.num_tokens, cols, 128, sms);
+  return wide <= narrow ? launch_hopper_tile<T, D, 256>(p, stream) : launch_hopper_tile<T, D, 128>(p, stream);
 }
 
 }  // namespace fusedkv

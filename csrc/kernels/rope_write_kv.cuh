@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(kRopeWriteThreads, kMinBlocks)
   const int64_t token = int64_t{blockIdx.x} * blockDim.z + threadIdx.z;
   const int run_index = blockIdx.y * blockDim.y + threadIdx.y;
   const HeadRun<kHeads> run(p.heads, run_index);
-  let_next_kernel_start();
   wait_for_previous_kernels();
+  let_next_kernel_start();
   if (token >= p.num_tokens || run.count <= 0) return;
 
   const T* row = static_cast<const T*>(p.qkv) + token * p.qkv_token_stride + run.first * D;

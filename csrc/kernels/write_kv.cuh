@@ -58,8 +58,8 @@ struct WriteColumn {
 template <class T, bool kMoveOnly, int kTokens>
 __global__ void __launch_bounds__(kRowThreads, 3) write_kv_kernel(const __grid_constant__ WriteKvParams p) {
   const int column = blockIdx.y * blockDim.x + threadIdx.x;
-  let_next_kernel_start();
   wait_for_previous_kernels();
+  let_next_kernel_start();
   if (column * 8 >= p.num_kv_heads * p.head_dim) return;
   const WriteColumn<T, kMoveOnly> k_column(p, p.k_cache, p.k_copy, p.k_scale, column);
   const WriteColumn<T, kMoveOnly> v_column(p, p.v_cache, p.v_copy, p.v_scale, column);

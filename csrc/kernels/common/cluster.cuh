@@ -1,65 +1,54 @@
-// Clusters of CTAs that share their memory (sm_90). On older GPUs, and in a launch without clusters, a
-// cluster is one CTA.
+// Clusters of CTAs that share their memory. Only code for sm_90 and later may call these.
 #pragma once
 
 #include <cstdint>
 
-#include "mma.cuh"
-
 namespace fusedkv {
 
-__device__ __forceinline__ uint32_t cluster_size() {
-  uint32_t size = 1;
-#if __CUDA_ARCH__ >= 900
-  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-#endif
-  return size;
-}
-
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t rank = 0;
-#if __CUDA_ARCH__ >= 900
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-  return rank;
-}
-
 // A barrier of all threads of the cluster, in two halves: what they wrote to shared memory before they
-// arrived is visible to all after they have waited. Every thread calls both in
-// turn.
+// arrived is visible to all after they have waited. Every thread calls both in turn.
 __device__ __forceinline__ void cluster_arrive() {
-#if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-#endif
 }
 
-// The first half for a CTA that has written nothing and only says that it has started: without the fence.
+// The first half for threads that have written nothing but barriers that a fence has made visible: without
+// the wait for their stores.
 __device__ __forceinline__ void cluster_announce() {
-#if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
-#endif
 }
 
-__device__ __forceinline__ void cluster_wait() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
-#else
-  __syncthreads();
-#endif
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+
+// Where CTA `rank` of the cluster has what this CTA has at `smem`.
+__device__ __forceinline__ uint32_t address_in_cluster(uint32_t smem, uint32_t rank) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(smem), "r"(rank));
+  return there;
 }
 
-// Stores to the shared memory of another CTA of the cluster, where this CTA has `p`.
-__device__ __forceinline__ void store_in_cluster(float4* p, uint32_t rank, float4 value) {
-#if __CUDA_ARCH__ >= 900
+// Stores to another CTA's memory, if `valid`, and goes on; the phase of `barrier`, in the same CTA, counts
+// the bytes. Addresses are those of address_in_cluster.
+__device__ __forceinline__ void store_in_cluster(uint32_t to, uint32_t barrier, float4 value, bool valid) {
   asm volatile(
-      "{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; st.shared::cluster.v4.f32 [remote], {%2, "
-      "%3, "
-      "%4, %5};}" ::"r"(smem_address(p)),
-      "r"(rank), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
+      "{.reg .pred p; setp.ne.b32 p, %6, 0;"
+      "@p st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, [%1];}" ::
+          "r"(to),
+      "r"(barrier), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(int{valid})
       : "memory");
-#else
-  *p = value;
-#endif
+}
+
+// As mbarrier_wait, for what other CTAs of the cluster have stored.
+__device__ __forceinline__ void mbarrier_wait_for_cluster(uint32_t barrier, uint32_t parity) {
+  uint32_t ended;
+  do {
+    asm volatile(
+        "{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, "
+        "1, "
+        "0, p;}"
+        : "=r"(ended)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  } while (!ended);
 }
 
 }  // namespace fusedkv

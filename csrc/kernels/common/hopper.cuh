@@ -10,6 +10,23 @@
 
 namespace fusedkv {
 
+// ----------------------------------------------------------------------------------------- shared memory
+
+__device__ __forceinline__ void store_shared_16(uint32_t address, uint4 x) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z),
+               "r"(x.w)
+               : "memory");
+}
+
+__device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
+  uint4 x;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
+}
+
 // --------------------------------------------------------------------------------------------- mbarriers
 
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
@@ -26,6 +43,10 @@ __device__ __forceinline__ void fence_mbarrier_init() {
 __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 // Arrives at the barrier that has this address in the shared memory of CTA `rank` of the cluster.
@@ -48,17 +69,18 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
   } while (!ended);
 }
 
-// -------------------------------------------------------------------------------------------- warpgroups
+// A place in a ring of stages, and the parity of the phase that its barriers are in.
+template <int kStages>
+struct RingPlace {
+  int stage = 0;
+  uint32_t parity = 0;
 
-// Warpgroups hand registers to one another: all warps of one must call these.
-template <int registers>
-__device__ __forceinline__ void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
-}
-template <int registers>
-__device__ __forceinline__ void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
-}
+  __device__ __forceinline__ void next() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+};
+
+// -------------------------------------------------------------------------------------------- warpgroups
 
 // Named barriers 1 to 15, for `threads` threads in all; 0 is that of __syncthreads().
 __device__ __forceinline__ void named_barrier_arrive(int barrier, int threads) {
@@ -69,6 +91,14 @@ __device__ __forceinline__ void named_barrier_wait(int barrier, int threads) {
 }
 
 // ------------------------------------------------------------------------------------------ bulk copies
+
+// True in one thread of a whole warp. The compiler knows that it is one, and issues copies without a loop
+// over the threads that may want one.
+__device__ __forceinline__ bool elect_thread() {
+  uint32_t elected;
+  asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p;}" : "=r"(elected));
+  return elected;
+}
 
 // map: a __grid_constant__ parameter of the kernel.
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap& map) {
@@ -138,11 +168,14 @@ __device__ __forceinline__ void fence_registers(float (&d)[count]) {
   for (int i = 0; i < count; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// The operands' numbers and the operands of 64 x 128 and 64 x 256 accumulators.
+// The operands' numbers and the operands of 64 x 8, 32, 64, 128 and 256 accumulators.
 // clang-format off
+#define FUSEDKV_REGISTERS_4 "%0,%1,%2,%3"
+#define FUSEDKV_REGISTERS_16 FUSEDKV_REGISTERS_4 ",%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define FUSEDKV_REGISTERS_32 \
+  FUSEDKV_REGISTERS_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define FUSEDKV_REGISTERS_64 \
-  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
-  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31," \
+  FUSEDKV_REGISTERS_32 "," \
   "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
   "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define FUSEDKV_REGISTERS_128 \
@@ -153,13 +186,20 @@ __device__ __forceinline__ void fence_registers(float (&d)[count]) {
   "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 #define FUSEDKV_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define FUSEDKV_16(d, i) FUSEDKV_4(d, i), FUSEDKV_4(d, i + 4), FUSEDKV_4(d, i + 8), FUSEDKV_4(d, i + 12)
-#define FUSEDKV_64(d, i) FUSEDKV_16(d, i), FUSEDKV_16(d, i + 16), FUSEDKV_16(d, i + 32), FUSEDKV_16(d, i + 48)
+#define FUSEDKV_32(d, i) FUSEDKV_16(d, i), FUSEDKV_16(d, i + 16)
+#define FUSEDKV_64(d, i) FUSEDKV_32(d, i), FUSEDKV_32(d, i + 32)
 #define FUSEDKV_128(d, i) FUSEDKV_64(d, i), FUSEDKV_64(d, i + 64)
-#define FUSEDKV_WGMMA(columns, type, numbers, a_number, b_number, accumulate_number, accumulators)       \
+#define FUSEDKV_WGMMA(columns, type, numbers, a_number, b_number, accumulate_number, ...)                \
   asm volatile("{.reg .pred p; setp.ne.b32 p, " accumulate_number ", 0;"                                 \
                "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" numbers "}, "   \
                a_number ", " b_number ", p, 1, 1, 0, 0;}"                                                \
-               : accumulators : "l"(a), "l"(b), "r"(accumulate))
+               : __VA_ARGS__ : "l"(a), "l"(b), "r"(accumulate))
+#define FUSEDKV_WGMMA_OF_T(columns, ...)              \
+  if constexpr (std::is_same_v<T, f16>) {             \
+    FUSEDKV_WGMMA(columns, "f16", __VA_ARGS__);       \
+  } else {                                            \
+    FUSEDKV_WGMMA(columns, "bf16", __VA_ARGS__);      \
+  }
 // clang-format on
 
 // d[64 x 2 * count] (+)= a[64 x 16] * b[2 * count x 16]^T, asynchronously, by a warpgroup; overwrites d when
@@ -167,25 +207,31 @@ __device__ __forceinline__ void fence_registers(float (&d)[count]) {
 // columns 8j to 8j + 7.
 template <class T, int count>
 __device__ __forceinline__ void wgmma_64x16(float (&d)[count], uint64_t a, uint64_t b, int accumulate) {
-  static_assert(count == 64 || count == 128);
-  constexpr bool is_f16 = std::is_same_v<T, f16>;
-  if constexpr (count == 64 && is_f16) {
-    FUSEDKV_WGMMA("128", "f16", FUSEDKV_REGISTERS_64, "%64", "%65", "%66", FUSEDKV_64(d, 0));
+  static_assert(count == 4 || count == 16 || count == 32 || count == 64 || count == 128);
+  if constexpr (count == 4) {
+    FUSEDKV_WGMMA_OF_T("8", FUSEDKV_REGISTERS_4, "%4", "%5", "%6", FUSEDKV_4(d, 0))
+  } else if constexpr (count == 16) {
+    FUSEDKV_WGMMA_OF_T("32", FUSEDKV_REGISTERS_16, "%16", "%17", "%18", FUSEDKV_16(d, 0))
+  } else if constexpr (count == 32) {
+    FUSEDKV_WGMMA_OF_T("64", FUSEDKV_REGISTERS_32, "%32", "%33", "%34", FUSEDKV_32(d, 0))
   } else if constexpr (count == 64) {
-    FUSEDKV_WGMMA("128", "bf16", FUSEDKV_REGISTERS_64, "%64", "%65", "%66", FUSEDKV_64(d, 0));
-  } else if constexpr (is_f16) {
-    FUSEDKV_WGMMA("256", "f16", FUSEDKV_REGISTERS_128, "%128", "%129", "%130", FUSEDKV_128(d, 0));
+    FUSEDKV_WGMMA_OF_T("128", FUSEDKV_REGISTERS_64, "%64", "%65", "%66", FUSEDKV_64(d, 0))
   } else {
-    FUSEDKV_WGMMA("256", "bf16", FUSEDKV_REGISTERS_128, "%128", "%129", "%130", FUSEDKV_128(d, 0));
+    FUSEDKV_WGMMA_OF_T("256", FUSEDKV_REGISTERS_128, "%128", "%129", "%130", FUSEDKV_128(d, 0))
   }
 }
 
+#undef FUSEDKV_WGMMA_OF_T
 #undef FUSEDKV_WGMMA
 #undef FUSEDKV_128
 #undef FUSEDKV_64
+#undef FUSEDKV_32
 #undef FUSEDKV_16
 #undef FUSEDKV_4
 #undef FUSEDKV_REGISTERS_128
 #undef FUSEDKV_REGISTERS_64
+#undef FUSEDKV_REGISTERS_32
+#undef FUSEDKV_REGISTERS_16
+#undef FUSEDKV_REGISTERS_4
 
 }  // namespace fusedkv

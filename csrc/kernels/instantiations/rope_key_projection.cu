@@ -17,9 +17,11 @@ cudaError_t run_rope_key_projection(const RopeKeyProjectionParams& params, cudaS
     return dispatch_head_dim(params.heads.head_dim, [&](auto d) {
       using T = typename decltype(t)::type;
       constexpr int D = decltype(d)::value;
-      // Up to here reading the weight takes longer than multiplying with it.
-      if (params.num_tokens <= 64) return launch_few_tokens<T, D>(params, stream);
-      if (has_hopper_kernel<T, D>()) return launch_hopper<T, D>(params, stream);
+      if (has_hopper_kernel<T, D>()) {
+        // Up to 64 tokens reading the weight takes longer than multiplying with it.
+        return params.num_tokens <= 64 ? launch_few_tokens<T, D>(params, stream)
+                                       : launch_hopper<T, D>(params, stream);
+      }
       return launch_rope_key_projection<T, D>(params, stream);
     });
   });

@@ -4,9 +4,7 @@ namespace fusedkv {
 
 template cudaError_t launch_hopper<bf16, 128>(const RopeKeyProjectionParams&, cudaStream_t);
 template bool has_hopper_kernel<bf16, 128>();
-template cudaError_t launch_hopper_tile<bf16, 128, 128, 1>(const RopeKeyProjectionParams&, cudaStream_t);
-template cudaError_t launch_hopper_tile<bf16, 128, 128, 2>(const RopeKeyProjectionParams&, cudaStream_t);
-template cudaError_t launch_hopper_tile<bf16, 128, 256, 1>(const RopeKeyProjectionParams&, cudaStream_t);
-template cudaError_t launch_hopper_tile<bf16, 128, 256, 2>(const RopeKeyProjectionParams&, cudaStream_t);
+template cudaError_t launch_hopper_tile<bf16, 128, 128>(const RopeKeyProjectionParams&, cudaStream_t);
+template cudaError_t launch_hopper_tile<bf16, 128, 256>(const RopeKeyProjectionParams&, cudaStream_t);
 
 }  // namespace fusedkv

@@ -4,9 +4,7 @@ namespace fusedkv {
 
 template cudaError_t launch_hopper<bf16, 64>(const RopeKeyProjectionParams&, cudaStream_t);
 template bool has_hopper_kernel<bf16, 64>();
-template cudaError_t launch_hopper_tile<bf16, 64, 128, 1>(const RopeKeyProjectionParams&, cudaStream_t);
-template cudaError_t launch_hopper_tile<bf16, 64, 128, 2>(const RopeKeyProjectionParams&, cudaStream_t);
-template cudaError_t launch_hopper_tile<bf16, 64, 256, 1>(const RopeKeyProjectionParams&, cudaStream_t);
-template cudaError_t launch_hopper_tile<bf16, 64, 256, 2>(const RopeKeyProjectionParams&, cudaStream_t);
+template cudaError_t launch_hopper_tile<bf16, 64, 128>(const RopeKeyProjectionParams&, cudaStream_t);
+template cudaError_t launch_hopper_tile<bf16, 64, 256>(const RopeKeyProjectionParams&, cudaStream_t);
 
 }  // namespace fusedkv
