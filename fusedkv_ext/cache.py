@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from functools import cached_property
+from itertools import accumulate, groupby
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,10 +25,17 @@ from torch import Tensor, nn
 from fusedkv_ext import ops
 from fusedkv_ext.checks import FLOATS, HALF, expect
 from fusedkv_ext.config import FusedKVConfig
-from fusedkv_ext.modules import KeysValues, causal_attention, masked_attention, mix_sources
+from fusedkv_ext.modules import (
+    KeysValues,
+    causal_attention,
+    masked_attention,
+    mix_sources,
+    ragged_attention,
+)
 from fusedkv_ext.plan import LayerPlan
 
 FP8_SOURCES = ("none", "copy", "only")
+OWN_CALL = 1024  # tokens of a sequence whose attention takes longer than a launch
 
 
 @dataclass
@@ -342,25 +350,30 @@ class PagedKVCache:
         self.check_append(rows, counts)
         for row, count in zip(rows, counts, strict=True):
             self._lengths[row] += count
-        lengths = [self._lengths[row] for row in rows]
-        self.seq_lens[list(rows)] = torch.tensor(lengths, dtype=torch.int32, device=self.device)
+        lengths = torch.tensor([self._lengths[row] for row in rows], dtype=torch.int32)
+        self.seq_lens[upload(torch.tensor(list(rows)), self.device)] = upload(lengths, self.device)
 
     def prefill_chunk(self, rows: Sequence[int], counts: Sequence[int]) -> PrefillChunk:
-        """The step that appends counts[i] tokens to rows[i]; `advance` the cache after it.
-
-        Neighbouring rows of equal length and count are computed as one batch.
-        """
+        """The step that appends counts[i] tokens to rows[i]; `advance` the cache after it."""
         self.check_append(rows, counts)
-        shapes = [(count, self._lengths[row] + count) for row, count in zip(rows, counts, strict=True)]
-        positions, slots, groups = [], [], []
-        for (count, length), members in groupby(range(len(rows)), key=shapes.__getitem__):
-            table = self.block_table[[rows[i] for i in members]].long()
-            token = torch.arange(length, device=self.device)
-            group = table[:, token // self.page_size] * self.page_size + token % self.page_size
-            groups.append((count, group))
-            positions.append(token[length - count :].repeat(len(table)))
-            slots.append(group[:, length - count :].flatten())
-        return PrefillChunk(self, torch.cat(positions), torch.cat(slots), groups)
+        lengths = [self._lengths[row] + count for row, count in zip(rows, counts, strict=True)]
+        # On the host, which knows the pages, so that it need not wait for the device.
+        positions, new, slots = [], [], []
+        for row, count, length in zip(rows, counts, lengths, strict=True):
+            token = torch.arange(length)
+            pages = torch.tensor(self._pages[row])
+            of_row = pages[token // self.page_size] * self.page_size + token % self.page_size
+            positions.append(token[length - count :])
+            new.append(of_row[length - count :])
+            slots.append(of_row)
+        return PrefillChunk(
+            cache=self,
+            positions=upload(torch.cat(positions), self.device),
+            slot_mapping=upload(torch.cat(new), self.device),
+            counts=list(counts),
+            lengths=lengths,
+            slots=slots,
+        )
 
     def decode_step(self, rows: Tensor, active: Tensor | None = None) -> DecodeStep:
         """The step that appends one token to each row; `commit` it after the layers.
@@ -397,31 +410,117 @@ def _keep(kept: Tensor | None, x: Tensor | None) -> Tensor | None:
     return kept.copy_(x)
 
 
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """x of the host on a device, without a wait for what the device is doing."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+@dataclass
+class _Segment:
+    """Neighbouring sequences of a chunk whose attention is one call.
+
+    queries, keys: their part of the packed tokens. shape: (new tokens, all tokens) of each when they are
+    alike, else None with ends and longest as ragged_attention takes them.
+    """
+
+    queries: slice
+    keys: slice
+    shape: tuple[int, int] | None
+    ends: tuple[Tensor, Tensor] | None = None
+    longest: tuple[int, int] = (0, 0)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        """Attention of this part of q [T, Hq, D] to k, v [U, Hkv, D], or [sequences, length, Hkv, D]."""
+        q = q[self.queries]
+        if self.shape is None:
+            k, v = (x.flatten(0, -3)[self.keys] for x in (k, v))
+            return ragged_attention(q, k, v, self.ends, self.longest, window)
+        count, length = self.shape
+        k, v = (x if x.dim() == 4 else x[self.keys].unflatten(0, (-1, length)) for x in (k, v))
+        return causal_attention(q.unflatten(0, (-1, count)), k, v, window).flatten(0, 1)
+
+
 @dataclass
 class PrefillChunk:
     """Packed prompt tokens of several sequences, T in all, each attending to its own sequence.
 
-    positions: int64 [T]. slot_mapping: int64 [T]. groups: for each run of sequences of one shape the new
-    tokens of each and the slots [sequences, length] of all its tokens.
+    positions: int64 [T]. slot_mapping: int64 [T]. counts, lengths: of each sequence the new and all tokens.
+    slots: for each sequence, on the host, the slots of all its tokens.
     """
 
     cache: PagedKVCache
     positions: Tensor
     slot_mapping: Tensor
-    groups: list[tuple[int, Tensor]]
+    counts: list[int]
+    lengths: list[int]
+    slots: list[Tensor]
+    _segments: dict[tuple[int, bool], list[_Segment]] = field(default_factory=dict)
 
     def attend(self, q: Tensor, sources: Sources, window: int = 0) -> Tensor:
         """Attention of q [T, Hq, D] to cached keys and values, mixed in the dtype of q; [T, Hq, D]."""
-        outputs, start = [], 0
-        for count, slots in self.groups:
-            end = start + count * len(slots)
-            keys = [x.flatten(0, 1)[slots].to(q.dtype) for x in sources.keys]
-            values = [x.flatten(0, 1)[slots].to(q.dtype) for x in sources.values]
-            k, v = mix_sources(keys, values, sources.key_weights, sources.value_weights)
-            queries = q[start:end].unflatten(0, (-1, count))
-            outputs.append(causal_attention(queries, k, v, window).flatten(0, 1))
-            start = end
-        return torch.cat(outputs)
+        keys, values = ([self._read(x).to(q.dtype) for x in side] for side in (sources.keys, sources.values))
+        k, v = mix_sources(keys, values, sources.key_weights, sources.value_weights)
+        parts = [segment.attend(q, k, v, window) for segment in self.segments(window, q)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _read(self, pool: Tensor) -> Tensor:
+        """All tokens of the sequences: a view [sequences, length, Hkv, D] where their pages allow one, else a
+        packed copy [U, Hkv, D]."""
+        if self._stride is None:
+            return pool.flatten(0, 1)[self._gathered]
+        rows = pool.flatten(0, 1)
+        shape = (len(self.lengths), self.lengths[0], *rows.shape[1:])
+        strides = (self._stride * rows.stride(0), *rows.stride())
+        return rows.as_strided(shape, strides, rows.storage_offset() + int(self.slots[0][0]) * rows.stride(0))
+
+    @cached_property
+    def _gathered(self) -> Tensor:
+        return upload(torch.cat(self.slots), self.cache.device)
+
+    @cached_property
+    def _stride(self) -> int | None:
+        """Slots from each sequence to the next, when all are alike, in one piece and evenly spaced."""
+        if len(set(zip(self.counts, self.lengths, strict=True))) > 1:
+            return None
+        slots, length = torch.stack(self.slots), self.lengths[0]
+        stride = int(slots[1, 0] - slots[0, 0]) if len(slots) > 1 else length
+        even = slots[0, 0] + stride * torch.arange(len(slots))[:, None] + torch.arange(length)
+        return stride if stride > 0 and torch.equal(slots, even) else None
+
+    def segments(self, window: int, q: Tensor) -> list[_Segment]:
+        """The calls that attention of q takes: one where all sequences are alike, and as few as possible.
+
+        On CUDA flash attention takes any sequences at once. The library's attention of equal, whole sequences
+        is faster still, so those that are long enough to be worth a call of their own get one. The CPU has no
+        such kernel, and a call for each run of equal sequences.
+        """
+        ragged = q.is_cuda and q.dtype in HALF
+        if (window, ragged) not in self._segments:
+            self._segments[window, ragged] = self._plan(window, ragged)
+        return self._segments[window, ragged]
+
+    def _plan(self, window: int, ragged: bool) -> list[_Segment]:
+        shapes = list(zip(self.counts, self.lengths, strict=True))
+
+        def call(i: int) -> tuple[int, int] | None:
+            count, length = shapes[i]
+            whole = count == length and window == 0
+            alone = count >= OWN_CALL or len(set(shapes)) == 1
+            return None if ragged and not (whole and alone) else shapes[i]
+
+        segments, query, key = [], 0, 0
+        for shape, group in groupby(range(len(shapes)), call):
+            members = list(group)
+            counts, lengths = [self.counts[i] for i in members], [self.lengths[i] for i in members]
+            queries, keys = slice(query, query + sum(counts)), slice(key, key + sum(lengths))
+            query, key = queries.stop, keys.stop
+            segment = _Segment(queries, keys, shape)
+            if shape is None:
+                ends = (torch.tensor([0, *accumulate(x)], dtype=torch.int32) for x in (counts, lengths))
+                segment.ends = tuple(upload(x, self.cache.device) for x in ends)
+                segment.longest = (max(counts), max(lengths))
+            segments.append(segment)
+        return segments
 
 
 @dataclass

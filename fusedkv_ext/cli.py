@@ -1,4 +1,4 @@
-"""`python -m fusedkv_ext demo | generate | env`."""
+"""`python -m fusedkv_ext demo | generate | env | prepare | train | evaluate | convert | plot`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import fusedkv_ext
-from fusedkv_ext import extension
+from fusedkv_ext import convert, data, evaluate, extension, plots, train
 from fusedkv_ext.cache import FP8_SOURCES, PagedKVCache
 from fusedkv_ext.checks import expect
 from fusedkv_ext.generation import stream
@@ -24,6 +24,13 @@ DEMO_MODEL = Path(__file__).parent / "demo_model"
 DEMO_PROMPT = "def fibonacci("
 TOKENIZER_NAME = "tokenizer.json"
 PAGE_SIZE = 16  # small pages: the demo's texts are short, and a half-empty page counts in the bytes shown
+COMMANDS = {  # modules with add_arguments and run
+    "prepare": data,
+    "train": train,
+    "evaluate": evaluate,
+    "convert": convert,
+    "plot": plots,
+}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -188,6 +195,9 @@ def parser() -> argparse.ArgumentParser:
             default="none",
             help="cache the layers that others read in fp8: as a copy, or only so (default: %(default)s)",
         )
+    for name, module in COMMANDS.items():
+        summary = module.__doc__.partition("\n")[0].partition(": ")[2]
+        module.add_arguments(commands.add_parser(name, help=summary, description=summary))
     # So small a model repeats itself when the most probable token always wins.
     demo.set_defaults(temperature=0.6, top_p=0.9, seed=2)
     return top
@@ -199,10 +209,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "env":
             print_table(environment())
+        elif args.command in COMMANDS:
+            COMMANDS[args.command].run(args)
         else:
             complete(args)
         sys.stdout.flush()  # here, where a reader that has gone away is expected
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if isinstance(error, BrokenPipeError):  # the reader of a pipe has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0

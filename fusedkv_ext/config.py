@@ -227,6 +227,8 @@ class FusedKVConfig:
         rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
         theta = rope.pop("rope_theta", None) or hf.get("rope_theta", 10000.0)
         rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
+        part = rope.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor") or 1.0
+        expect(part == 1.0, "FusedKVConfig", "partial_rotary_factor", "1.0, RoPE on every channel", part)
         windowed = [kind == "sliding_attention" for kind in hf.get("layer_types") or ()]
         window = hf.get("sliding_window") if hf.get("use_sliding_window") else None
         uniform = window is None or (windowed and all(windowed))

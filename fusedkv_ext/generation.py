@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fusedkv_ext.cache import PagedKVCache
@@ -18,6 +19,8 @@ from fusedkv_ext.model import PREFILL_CHUNK, FusedKVForCausalLM
 
 Prompts = Sequence[Sequence[int] | Tensor]
 DONE = -1  # what a finished sequence emits
+SAMPLE_BLOCK = 1024  # tokens whose probabilities are summed before the sums are
+COLDEST = 1e-30  # a temperature at which no logit but the largest counts, and whose inverse is finite
 
 
 @dataclass(frozen=True)
@@ -70,32 +73,75 @@ class Sampling:
 def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     """Choose a token from each row of logits [B, vocab] by inverting the distribution at uniform [B].
 
-    uniform: float32 in [0, 1). Returns int64 [B]. Device work only, fit for a CUDA graph.
+    uniform: float32 in [0, 1). Returns int64 [B]. Device work only, fit for a CUDA graph. Only top_p without
+    top_k sorts the vocabulary.
+
+    The distribution is summed in integers, which no order of additions changes: the same logits and the same
+    uniform give the same token in every run, and no token of probability 0 is ever chosen.
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    # float64: parallel sums may round differently from run to run, too little here to change the choice.
-    logits = logits.double()
-    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
+    vocab = logits.shape[-1]
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, COLDEST)
     order = None
-    if sampling.top_k is not None or sampling.top_p is not None:
+    if sampling.top_k is not None and sampling.top_k < vocab:
+        logits, order = _largest(logits, sampling.top_k)
+    elif sampling.top_p is not None:
         logits, order = logits.sort(dim=-1, descending=True, stable=True)
-        if sampling.top_k is not None:
-            logits[:, sampling.top_k :] = float("-inf")
-    probabilities = logits.softmax(-1)
+    # Probabilities in fixed point, with so many bits that the sum of a whole vocabulary fits int64.
+    weights = (logits.exp() * 2.0 ** (62 - vocab.bit_length())).long()
     if sampling.top_p is not None:
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
-    cumulative = probabilities.cumsum(-1)
-    target = uniform.double()[:, None] * cumulative[:, -1:]
-    choice = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)
+        cumulative = weights.cumsum(-1)
+        enough = cumulative[:, -1:].double() * sampling.top_p
+        weights = weights.masked_fill((cumulative - weights).double() >= enough, 0)
+    choice = _invert(weights, uniform)
     return (choice if order is None else order.gather(-1, choice))[:, 0]
 
 
-class _Decoder:
+def _largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of float32 [B, N] in falling order, and their places; of equals the first.
+
+    torch.topk alone leaves open which of equals it takes, and logits in half precision have many.
+    """
+    bits = x.view(torch.int32)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
+    place = torch.arange(x.shape[-1], device=x.device)
+    keys = (ordered.long() << 32) | (0xFFFFFFFF - place)
+    places = 0xFFFFFFFF - (keys.topk(k, dim=-1).values & 0xFFFFFFFF)
+    return x.gather(-1, places), places
+
+
+def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
+    """The place [B, 1] in int64 weights [B, N] where their running sum passes uniform [B] of the whole.
+
+    In two levels, blocks and then the places of one block: a sum over rows keeps a GPU busy, a running sum
+    along them does not.
+    """
+    last = weights.shape[-1] - 1
+    weights = F.pad(weights, (0, -(last + 1) % SAMPLE_BLOCK)).unflatten(-1, (-1, SAMPLE_BLOCK))
+    blocks = weights.sum(-1).cumsum(-1)
+    # floor(total * uniform), in integers: a float32 below 1 has 24 bits.
+    total, share = blocks[:, -1:], (uniform[:, None] * 2**24).long()
+    target = (total >> 24) * share + (((total & (2**24 - 1)) * share) >> 24)
+    block = torch.searchsorted(blocks, target, right=True).clamp(max=blocks.shape[-1] - 1)
+    inside = weights.gather(1, block[:, :, None].expand(-1, -1, SAMPLE_BLOCK))[:, 0].cumsum(-1)
+    target = target - (blocks.gather(-1, block) - inside[:, -1:])
+    place = block * SAMPLE_BLOCK + torch.searchsorted(inside, target, right=True)
+    return place.clamp(max=last)  # NaN logits make weights of any sign, and must not lead outside
+
+
+class Decoder:
     """The decode loop's state on the device, and the step that advances it.
 
     Everything that changes between steps is in these buffers, so a CUDA graph of `advance` can be replayed.
+
+    Attributes:
+        rows: int64 [B], of the cache.
+        tokens: int64 [B], what the next step appends.
+        active: bool [B], the sequences that have not met a stop token.
+        emitted: int64 [steps, B], the tokens chosen so far; DONE from a sequence's stop token on.
+        count: int64 [1], the number of steps so far, that of prefill included.
     """
 
     def __init__(
@@ -110,13 +156,16 @@ class _Decoder:
         self.model, self.cache, self.sampling = model, cache, sampling
         device = model.device
         self.rows = torch.tensor(rows, device=device)
-        self.uniforms = uniforms.contiguous().to(device)  # [max_new_tokens, B]
+        self.uniforms = uniforms.contiguous().to(device)  # [steps, B]
         self.stop_tokens = torch.tensor(list(stop_tokens), dtype=torch.int64, device=device)
         self.tokens = torch.zeros(len(rows), dtype=torch.int64, device=device)
-        self.emitted = torch.full_like(self.tokens, DONE)  # the token of this step, DONE once finished
+        self.emitted = torch.full(uniforms.shape, DONE, dtype=torch.int64, device=device)
         self.active = torch.ones_like(self.tokens, dtype=torch.bool)
         self.count = torch.zeros(1, dtype=torch.int64, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
+        # Pinned once, because a copy to pageable memory waits for the device, and so can pinning.
+        pinned = device.type == "cuda"
+        self.host = torch.empty(uniforms.shape, dtype=torch.int64, pin_memory=pinned)
 
     @torch.no_grad()
     def accept(self, logits: Tensor) -> None:
@@ -124,11 +173,12 @@ class _Decoder:
         chosen = sample(logits, self.sampling, self.uniforms.index_select(0, self.count)[0])
         self.active &= (chosen[:, None] != self.stop_tokens).all(-1)
         self.tokens.copy_(torch.where(self.active, chosen, self.tokens))
-        self.emitted.copy_(torch.where(self.active, chosen, DONE))
+        self.emitted.index_copy_(0, self.count, torch.where(self.active, chosen, DONE)[None])
         self.count += 1
 
     @torch.no_grad()
     def advance(self) -> None:
+        """One decode step: append `tokens` to the cache, and choose those that follow."""
         step = self.cache.decode_step(self.rows, self.active)
         logits = self.model.decode_step(self.tokens, step)
         step.commit()
@@ -154,10 +204,33 @@ class _Decoder:
         torch.cuda.synchronize(self.model.device)
 
     def step(self) -> None:
+        """`advance`, by the captured graph if there is one; the host does not wait for it."""
         if self.graph is None:
             self.advance()
         else:
             self.graph.replay()
+
+    def start_read(self, first: int, end: int) -> Read:
+        """Begin to copy what the steps from `first` to before `end` emitted."""
+        self.host[first:end].copy_(self.emitted[first:end], non_blocking=True)
+        event = None
+        if self.emitted.is_cuda:
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self.emitted.device))
+        return Read(self.host[first:end], event)
+
+
+@dataclass(frozen=True)
+class Read:
+    """A copy to the host that may be under way, of what some steps emitted."""
+
+    emitted: Tensor
+    event: torch.cuda.Event | None
+
+    def wait(self) -> list[list[int]]:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.emitted.tolist()
 
 
 @dataclass
@@ -251,14 +324,17 @@ def _prepare(
     return _Run(model, tokens, max_new_tokens, sampling, uniforms, stop_tokens, cache, prefill_chunk, graph)
 
 
-def _steps(run: _Run) -> Iterator[list[int]]:
-    """Yield what every sequence emits, step by step, until all are done."""
+def _steps(run: _Run, every: int) -> Iterator[list[int]]:
+    """Yield what every sequence emits, step by step, until all are done.
+
+    every: decode steps that are launched before their tokens are read.
+    """
     cache = run.cache
     rows = cache.add(_capacities(run.prompts, run.max_new_tokens))
     try:
-        decoder = _Decoder(run.model, cache, rows, run.sampling, run.uniforms, run.stop_tokens)
+        decoder = Decoder(run.model, cache, rows, run.sampling, run.uniforms, run.stop_tokens)
         decoder.accept(run.model.prefill(cache, rows, run.prompts, run.prefill_chunk))
-        emitted = _read(_start_read(decoder.emitted))
+        (emitted,) = decoder.start_read(0, 1).wait()
         run.cuda_graph &= run.max_new_tokens > 1 and any(token != DONE for token in emitted)
         yield emitted
         if run.max_new_tokens == 1 or all(token == DONE for token in emitted):
@@ -266,7 +342,7 @@ def _steps(run: _Run) -> Iterator[list[int]]:
         if run.cuda_graph:
             decoder.capture()
         run.decode_start = time.perf_counter()
-        for emitted in _decode(decoder, run.max_new_tokens - 1):
+        for emitted in _decode(decoder, run.max_new_tokens, every):
             if all(token == DONE for token in emitted):
                 return
             yield emitted
@@ -274,34 +350,24 @@ def _steps(run: _Run) -> Iterator[list[int]]:
         cache.free(rows)
 
 
-def _decode(decoder: _Decoder, num_steps: int) -> Iterator[list[int]]:
-    # On CUDA a step is read after the next one is launched, so that the device never waits for the host.
+def _decode(decoder: Decoder, max_new_tokens: int, every: int) -> Iterator[list[int]]:
+    """Run the decode steps, and yield what each emitted.
+
+    The host never waits for the step that it has just launched. On CUDA it reads the tokens of `every` steps
+    once the next ones are launched, so that the device never waits for the host either; steps that were
+    launched after the last sequence had stopped emit DONE and write nothing.
+    """
     lag = 1 if decoder.emitted.is_cuda else 0
-    pending: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
-    for _ in range(num_steps):
-        decoder.step()
-        pending.append(_start_read(decoder.emitted))
+    pending: deque[Read] = deque()
+    for first in range(1, max_new_tokens, every):
+        end = min(first + every, max_new_tokens)
+        for _ in range(first, end):
+            decoder.step()
+        pending.append(decoder.start_read(first, end))
         if len(pending) > lag:
-            yield _read(pending.popleft())
+            yield from pending.popleft().wait()
     while pending:
-        yield _read(pending.popleft())
-
-
-def _start_read(emitted: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    if not emitted.is_cuda:
-        return emitted.clone(), None
-    host = torch.empty(emitted.shape, dtype=emitted.dtype, pin_memory=True)
-    host.copy_(emitted, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(emitted.device))
-    return host, event
-
-
-def _read(pending: tuple[Tensor, torch.cuda.Event | None]) -> list[int]:
-    host, event = pending
-    if event is not None:
-        event.synchronize()
-    return host.tolist()
+        yield from pending.popleft().wait()
 
 
 def stream(
@@ -311,7 +377,7 @@ def stream(
     run = _prepare(model, prompts, max_new_tokens, **options)
 
     def tokens() -> Iterator[tuple[int, int]]:
-        with closing(_steps(run)) as steps:
+        with closing(_steps(run, every=1)) as steps:
             for emitted in steps:
                 yield from ((i, token) for i, token in enumerate(emitted) if token != DONE)
 
@@ -361,9 +427,11 @@ def generate(
         from tqdm import tqdm
 
         bar = tqdm(total=len(tokens) * run.max_new_tokens, unit="token", desc="generate")
+    # Without a bar to move or a stop to notice, nothing has to be read before the last step.
+    every = 1 if progress or run.stop_tokens else run.max_new_tokens
     start = first = last = time.perf_counter()
     num_steps = 0
-    with closing(_steps(run)) as steps, bar if bar is not None else nullcontext():
+    with closing(_steps(run, every)) as steps, bar if bar is not None else nullcontext():
         for emitted in steps:
             last = time.perf_counter()
             first = last if num_steps == 0 else first

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fusedkv_ext.cache import DecodeStep, PagedKVCache, PrefillChunk
+from fusedkv_ext.cache import DecodeStep, PagedKVCache, PrefillChunk, upload
 from fusedkv_ext.checks import FLOATS, INDEX, expect
 from fusedkv_ext.config import FusedKVConfig, read_json
 from fusedkv_ext.modules import (
@@ -96,7 +96,9 @@ class FusedKVModel(nn.Module):
         x, cos_sin = self.embed_tokens(input_ids), self.rotary()
         shared: dict[int, KeysValues] = {}
         for i, layer in enumerate(self.layers):
-            x, own = layer(x, cos_sin, shared)
+            # No more than it reads: FSDP hooks into the backward pass of every tensor that a layer is given.
+            sources = {s: shared[s] for s in self.config.plan.layers[i].sources if s != i}
+            x, own = layer(x, cos_sin, sources)
             if own is not None:
                 shared[i] = own
         return self.norm(x)
@@ -144,6 +146,16 @@ class FusedKVForCausalLM(nn.Module):
         """Output projection of hidden states [..., hidden] to [..., vocab]."""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         return F.linear(hidden, head.weight)
+
+    def recompute_fusion(self, recompute: bool = True) -> None:
+        """Whether a backward pass forms the keys and values of reconstruction layers again.
+
+        Otherwise they are kept from the forward pass on: 2 B S Hkv D numbers for each such layer. The
+        gradients are the same, bit for bit, and attention itself is not repeated.
+        """
+        for module in self.modules():
+            if isinstance(module, ReconstructionAttention):
+                module.recompute = recompute
 
     def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
         """Run whole sequences without a cache.
@@ -240,6 +252,7 @@ class FusedKVForCausalLM(nn.Module):
             expect(fits, op, f"prompts[{i}]", "int64 or int32 [S] of at least one token", got)
             self.check_tokens(prompt, op, f"prompts[{i}]")
         cache.check_append(rows, [len(prompt) for prompt in prompts])
+        prompts = [prompt.cpu() for prompt in prompts]
         self.bind(cache)
 
         last, num_layers = self.config.plan.last_storage, self.config.num_layers
@@ -248,7 +261,7 @@ class FusedKVForCausalLM(nn.Module):
             order = sorted(parts, key=lambda part: (part[2] - part[1], cache.length(rows[part[0]])))
             counts = [end - start for _, start, end in order]
             step = cache.prefill_chunk([rows[i] for i, _, _ in order], counts)
-            tokens = torch.cat([prompts[i][start:end].to(self.device) for i, start, end in order])
+            tokens = upload(torch.cat([prompts[i][start:end] for i, start, end in order]), self.device)
             x = self.model.cached(self.model.embed_tokens(tokens), range(last), step)
             if all_logits:
                 x = self.model.cached(x, range(last, num_layers), step)
@@ -262,7 +275,7 @@ class FusedKVForCausalLM(nn.Module):
         if all_logits:
             return [torch.cat(parts) for parts in outputs]
         x = torch.cat([parts[0] for parts in outputs])
-        step = cache.last_token_step(torch.tensor(list(rows), device=self.device))
+        step = cache.last_token_step(upload(torch.tensor(list(rows)), self.device))
         return self.logits(self.model.norm(self.model.cached(x, range(last, num_layers), step)))
 
     @torch.no_grad()
@@ -379,7 +392,8 @@ class FusedKVForCausalLM(nn.Module):
         vanilla = config.plan == CrossLayerPlan.vanilla(config.num_layers)
         expect(vanilla, "from_hf_state_dict", "config.plan", "vanilla", config.plan.name)
         model = cls._meta(config)
-        tensors = dict(tensors)
+        # Old Llama checkpoints hold the RoPE frequencies, which the config gives.
+        tensors = {name: x for name, x in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
         if config.tie_word_embeddings:
             tensors.pop("lm_head.weight", None)  # some checkpoints hold the tied matrix twice
         # Before packing, which would widen a part of another dtype in silence.

@@ -15,11 +15,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.backends import cuda as backends
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from fusedkv_ext import extension, ops, reference
 from fusedkv_ext.checks import HALF, expect
@@ -258,7 +264,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor
     num_queries, length = q.shape[1], k.shape[1]
     if num_queries == length and (window == 0 or window >= length):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+        with _cudnn_first(q):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return out.transpose(1, 2)
     window = window or length
     blocks = []
     for first in range(length - num_queries, length, QUERY_BLOCK):
@@ -270,6 +278,53 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor
         rows = q[:, first - length + num_queries : end - length + num_queries]
         blocks.append(masked_attention(rows, k[:, start:end], v[:, start:end], visible))
     return torch.cat(blocks, 1)
+
+
+def _cudnn_first(q: Tensor) -> AbstractContextManager:
+    """Lets cuDNN, where it is enabled, have the attention of q before the other enabled backends.
+
+    It is the fastest on Hopper, and torch's own order has not always put it first. Here and not around a
+    model, because activation checkpointing repeats attention in the backward pass and must meet the same
+    backend.
+    """
+    order = _backend_order() if q.is_cuda else []
+    return sdpa_kernel(order, set_priority=True) if order else nullcontext()
+
+
+@torch.compiler.assume_constant_result
+def _backend_order() -> list[SDPBackend]:
+    """cuDNN and the other enabled backends; none where cuDNN is disabled."""
+    enabled = {
+        SDPBackend.CUDNN_ATTENTION: backends.cudnn_sdp_enabled(),
+        SDPBackend.FLASH_ATTENTION: backends.flash_sdp_enabled(),
+        SDPBackend.EFFICIENT_ATTENTION: backends.mem_efficient_sdp_enabled(),
+        SDPBackend.MATH: backends.math_sdp_enabled(),
+    }
+    return [backend for backend in enabled if enabled[backend]] if backends.cudnn_sdp_enabled() else []
+
+
+def ragged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ends: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    window: int = 0,
+) -> Tensor:
+    """`causal_attention` of packed sequences of any shapes in one call of flash attention; CUDA only.
+
+    Args:
+        q: [T, Hq, D], float16 or bfloat16; k, v: [U, Hkv, D].
+        ends: int32 [B + 1] for queries and for keys, 0 and where each sequence ends.
+        longest: the most queries, and keys, of a sequence.
+        window: as in causal_attention.
+
+    Returns:
+        [T, Hq, D].
+    """
+    # Its window counts the tokens to the left. Releases before 2.12 share the heads of keys unasked.
+    options = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__kwdefaults__ else {}
+    return varlen_attn(q, k, v, *ends, *longest, window_size=(window - 1, 0), **options)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
@@ -488,6 +543,10 @@ class ReconstructionAttention(_Attention):
         plan: the layers it reads and the kinds of its weights.
         qk_norm, eps: RMSNorm over each head of q.
         interleaved: as in StorageAttention.
+
+    Attributes:
+        recompute: form the fused keys and values again in the backward pass instead of keeping them for it;
+            False at first, see FusedKVForCausalLM.recompute_fusion.
     """
 
     def __init__(
@@ -503,6 +562,7 @@ class ReconstructionAttention(_Attention):
     ):
         super().__init__(hidden_size, num_heads, num_kv_heads, head_dim, qk_norm, eps, interleaved)
         self.plan = plan
+        self.recompute = False
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
         self.fusion = FusionWeights(
             len(plan.key_sources),
@@ -539,7 +599,8 @@ class ReconstructionAttention(_Attention):
         q = self._rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), self.q_norm, cos_sin)
         keys = [sources[layer][0] for layer in self.plan.key_sources]
         values = [sources[layer][1] for layer in self.plan.value_sources]
-        out = causal_attention(q, *mix_sources(keys, values, *self.fusion()))
+        attend = _recomputing_attention if self.recompute else _mixed_attention
+        out = attend(q, keys, values, *self.fusion())
         return self.o_proj(out.flatten(2)), None
 
     def bind(
@@ -571,6 +632,39 @@ def mix_sources(
     key_weights = ones(keys[0]) if key_weights is None else key_weights
     value_weights = ones(values[0]) if value_weights is None else value_weights
     return ops.fuse_kv(keys, values, key_weights, value_weights)
+
+
+def _mixed_attention(
+    q: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    key_weights: Tensor | None,
+    value_weights: Tensor | None,
+) -> Tensor:
+    return causal_attention(q, *mix_sources(keys, values, key_weights, value_weights))
+
+
+ATTENTION_OPS = [  # what scaled_dot_product_attention becomes
+    getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default
+    for name in (
+        "cudnn_attention",
+        "flash_attention",
+        "flash_attention_for_cpu",
+        "efficient_attention",
+        "fused_attention_overrideable",
+    )
+]
+
+
+def _recomputing_attention(*arguments: Any) -> Tensor:
+    """_mixed_attention whose backward pass forms k and v again, while the outputs of attention are kept."""
+    return checkpoint(
+        _mixed_attention,
+        *arguments,
+        use_reentrant=False,
+        preserve_rng_state=False,  # nothing is drawn
+        context_fn=partial(create_selective_checkpoint_contexts, ATTENTION_OPS),
+    )
 
 
 class DecoderLayer(nn.Module):

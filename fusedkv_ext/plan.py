@@ -163,6 +163,22 @@ class CrossLayerPlan:
         return getattr(cls, name)(num_layers, **options)
 
     @classmethod
+    def parse(cls, text: str, num_layers: int) -> CrossLayerPlan:
+        """A plan as a command line names it: a name, with a number where it takes one, or LCKV's notation.
+
+        "fusedkv" and "fusedkv:4" (n = 4), "cla:3" (a factor), "layer_types:0_1_2_2_2".
+        """
+        name, colon, option = text.partition(":")
+        if name == "layer_types":
+            return cls.from_layer_types(option)
+        if not colon:
+            return cls.named(name, num_layers)
+        takes = name in PLAN_NAMES and name != "vanilla"
+        wanted = " or ".join(f"{known}:N" for known in PLAN_NAMES if known != "vanilla")
+        expect(takes and option.isdecimal(), "plan", "name", wanted, repr(text))
+        return cls.named(name, num_layers, **{"factor" if name == "cla" else "n": int(option)})
+
+    @classmethod
     def _halves(cls, name: str, num_layers: int, n: int, upper: LayerPlan) -> CrossLayerPlan:
         lower = tuple(LayerPlan((i,), (i,)) for i in range(n))
         return cls(name, lower + (upper,) * (num_layers - n))

@@ -5,9 +5,11 @@ import pytest
 import quantised
 import tiny
 import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedkv_ext import Sampling, generate, stream
-from fusedkv_ext.generation import sample
+from fusedkv_ext.generation import DONE, SAMPLE_BLOCK, Decoder, _decode, sample
 
 every_plan = pytest.mark.parametrize("plan", tiny.PLANS.values(), ids=tiny.PLANS)
 fp8_plan = pytest.mark.parametrize("plan", tiny.FP8_PLANS.values(), ids=tiny.FP8_PLANS)
@@ -274,6 +276,147 @@ def test_the_ends_of_the_uniform_interval_choose_possible_tokens(device):
     uniform = torch.tensor([0.0, 1 - 2**-24], device=device)
     assert sample(logits, Sampling(temperature=1.0), uniform).tolist() == [1, 2]
     assert sample(logits, Sampling(temperature=1.0, top_k=2), uniform).tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("vocab", [7, SAMPLE_BLOCK, 3 * SAMPLE_BLOCK + 5])
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.7}, {"top_k": 6, "top_p": 0.9}])
+def test_sampling_inverts_the_distribution(device, vocab, options):
+    """The interval of the chosen token in a running sum in float64 holds the uniform number."""
+    logits = (torch.randn(200, vocab) * 3).to(device)
+    uniform = torch.rand(200)
+    chosen = sample(logits, Sampling(temperature=0.8, **options), uniform.to(device)).cpu()[:, None]
+    probabilities, order = (logits.cpu().double() / 0.8).softmax(-1), torch.arange(vocab).expand(200, -1)
+    if options:
+        probabilities, order = probabilities.sort(descending=True, stable=True)
+        probabilities[:, options.get("top_k", vocab) :] = 0
+        probabilities /= probabilities.sum(-1, keepdim=True)
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities[before >= options.get("top_p", 1.0)] = 0
+    cumulative = probabilities.cumsum(-1) / probabilities.sum(-1, keepdim=True)
+    place = (order == chosen).int().argmax(-1, keepdim=True)
+    end = cumulative.gather(-1, place)[:, 0]
+    start = end - (probabilities / probabilities.sum(-1, keepdim=True)).gather(-1, place)[:, 0]
+    assert ((start - 1e-5 <= uniform) & (uniform <= end + 1e-5)).all()
+    assert (probabilities.gather(-1, place) > 0).all()
+
+
+@pytest.mark.parametrize("top_k, kept", [(1, [1]), (2, [1, 3]), (3, [1, 3, 4]), (4, [0, 1, 3, 4])])
+def test_of_equal_logits_top_k_keeps_the_first(device, top_k, kept):
+    logits = torch.tensor([[-1.0, 2.0, -1.0, 2.0, 2.0, -torch.inf]], dtype=torch.bfloat16, device=device)
+    got = frequencies(logits, draws=3000, temperature=2.0, top_k=top_k)
+    assert got.nonzero()[:, 0].tolist() == kept
+
+
+def test_nan_logits_choose_some_token(device):
+    logits = torch.tensor([[0.0, torch.nan, 1.0], [torch.nan] * 3], device=device)
+    for options in ({}, {"top_k": 2}, {"top_p": 0.5}):
+        chosen = sample(logits, Sampling(temperature=1.0, **options), torch.tensor([0.3, 0.9], device=device))
+        assert ((chosen >= 0) & (chosen < 3)).all()
+
+
+class Operations(TorchDispatchMode):
+    """Names of the torch ops that run, with the shape and dtype of what they give."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        results = [x for x in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(x)]
+        self.seen.append((function.__name__.partition(".")[0], [(x.numel(), x.dtype) for x in results]))
+        return out
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_k": 5, "top_p": 0.9}])
+def test_only_top_p_alone_sorts_the_vocabulary(options):
+    vocab = 3 * SAMPLE_BLOCK
+    with Operations() as operations:
+        sample(torch.randn(2, vocab), Sampling(temperature=1.0, **options), torch.rand(2))
+    assert not [name for name, _ in operations.seen if name in ("sort", "argsort")]
+    large = [dtype for _, results in operations.seen for size, dtype in results if size >= 2 * vocab]
+    assert large and torch.float64 not in large
+    with Operations() as operations:
+        sample(torch.randn(2, vocab), Sampling(temperature=1.0, top_p=0.9), torch.rand(2))
+    assert "sort" in [name for name, _ in operations.seen]
+
+
+def prepared_decoder(model, prompts, steps, stop_tokens=(), **options) -> Decoder:
+    cache = model.new_cache(len(prompts) * 4, page_size=32, max_batch=len(prompts))
+    rows = cache.add([len(prompt) + steps for prompt in prompts])
+    uniforms = torch.rand(steps, len(prompts))
+    decoder = Decoder(model, cache, rows, Sampling(**options), uniforms, stop_tokens)
+    decoder.accept(model.prefill(cache, rows, prompts))
+    return decoder
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 5, "top_p": 0.9}]
+)
+def test_a_step_asks_nothing_of_the_host(options):
+    """On a GPU each of these ops would wait for it."""
+    decoder = prepared_decoder(tiny.model("fusedkv"), tiny.prompts(5, 3), 4, stop_tokens=[1], **options)
+    with Operations() as operations:
+        decoder.step()
+    names = {name for name, _ in operations.seen}
+    assert "fused_attention" in names and "index_copy_" in names
+    assert not names & {"_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal", "masked_select"}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("every", [1, 30])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 5, "top_p": 0.9}])
+def test_the_decode_loop_never_synchronises(every, options):
+    """No wait for a stream, the device or a copy: only, by an event, for tokens that are read with a lag."""
+    steps = 31
+    decoder = prepared_decoder(tiny.model("fusedkv", device="cuda"), tiny.prompts(5, 3), steps, **options)
+    decoder.capture()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        with record_function("decode loop"):
+            emitted = list(_decode(decoder, steps, every))
+        torch.cuda.synchronize()
+    events = profiler.events()
+    (loop,) = [x for x in events if x.name == "decode loop" and x.device_type.name == "CPU"]
+    names = [x.name for x in events if loop.time_range.start <= x.time_range.start <= loop.time_range.end]
+    reads = -(-(steps - 1) // every)
+    assert len(emitted) == steps - 1 and names.count("cudaGraphLaunch") == steps - 1
+    assert not {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaMemcpy"} & set(names)
+    assert names.count("cudaEventSynchronize") <= reads
+    assert sum("Memcpy DtoH" in x.name for x in events) == reads
+
+
+@pytest.mark.cuda
+def test_prefill_waits_for_nothing_once_it_has_begun():
+    model, prompts = tiny.model("fusedkv", device="cuda"), tiny.prompts(30, 41, 41)
+    cache = model.new_cache(12, page_size=16, max_batch=3)
+    for _ in range(2):  # what is pinned or compiled once is there at the second
+        rows = cache.add([48] * 3)
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            with record_function("prefill"):
+                model.prefill(cache, rows, prompts, chunk=32)
+            torch.cuda.synchronize()
+        cache.free(rows)
+    events = profiler.events()
+    (call,) = [x for x in events if x.name == "prefill" and x.device_type.name == "CPU"]
+    names = {x.name for x in events if call.time_range.start <= x.time_range.start <= call.time_range.end}
+    assert not {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaMemcpy"} & names
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 7, 100])
+def test_reading_several_steps_at_once_changes_nothing(device, every):
+    """Nor does it return tokens after a stop."""
+    model, prompts, steps = tiny.model("fusedkv", device=device), tiny.prompts(5, 3, 8), 12
+    free = generate(model, prompts, steps).tokens
+    stops = [free[0][6], free[1][3]]
+    expected = generate(model, prompts, steps, stop_tokens=stops).tokens
+    assert max(map(len, expected)) > 3 > 0 and expected != free
+    decoder = prepared_decoder(model, prompts, steps, stops)
+    rows = [*decoder.start_read(0, 1).wait(), *_decode(decoder, steps, every)]
+    assert len(rows) == steps
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    for tokens, column in zip(expected, columns, strict=True):
+        assert column == tokens + [DONE] * (steps - len(tokens))
 
 
 def test_a_cache_of_ones_own_is_used_and_given_back(device):

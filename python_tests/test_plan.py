@@ -23,6 +23,16 @@ def test_factories_read_the_layers_of_the_paper():
     assert sources(plan.from_layer_types("0_1_2_2_2")) == own[:3] + [((2,), (2,))] * 2
 
 
+def test_parse():
+    plan = CrossLayerPlan
+    assert plan.parse("fusedkv", 8) == plan.fusedkv(8) and plan.parse("fusedkv:6", 8) == plan.fusedkv(8, 6)
+    assert plan.parse("cla:4", 8) == plan.cla(8, 4) and plan.parse("vanilla", 8) == plan.vanilla(8)
+    assert plan.parse("layer_types:0_1_1", 8) == plan.from_layer_types("0_1_1")
+    for text in ("fusedkv:", "fusedkv:-1", "fusedkv:4:4", "vanilla:8", ":4", ""):
+        with pytest.raises(ValueError, match=f"plan: name: expected .*, got '{text}'"):
+            plan.parse(text, 8)
+
+
 def test_weights_of_the_factories():
     kinds = {name: CrossLayerPlan.named(name, 8).layers[-1] for name in PLAN_NAMES}
     learned = {name: (p.key_weights, p.value_weights) for name, p in kinds.items() if p.key_weights != "none"}

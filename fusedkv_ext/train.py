@@ -1,0 +1,732 @@
+"""`train`: train a model of any plan as a YAML file describes, on one device or, under torchrun, on many.
+
+    python -m fusedkv_ext train config.yaml optimizer.lr=1e-3 model.plan=vanilla
+    python -m fusedkv_ext train runs/a/config.yaml resume=true
+    torchrun --nproc-per-node 8 -m fusedkv_ext train config.yaml
+
+Weights, gradients and AdamW's moments are float32; with precision bf16 autocast runs the matrix products in
+bfloat16. Layers run without a cache, so that what activation checkpointing repeats is arithmetic alone.
+Several processes shard all of it with FSDP2 (`fully_shard`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import os
+import signal
+import sys
+import time
+import types
+import typing
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from fusedkv_ext import records
+from fusedkv_ext.checkpoint import (
+    MODEL,
+    Processes,
+    check_config,
+    check_facts,
+    last_checkpoint,
+    load_model,
+    load_state,
+    remove_unfinished,
+    save,
+)
+from fusedkv_ext.checks import expect
+from fusedkv_ext.config import FusedKVConfig
+from fusedkv_ext.data import TOKENIZER_NAME, Batches, TokenFile, spread
+from fusedkv_ext.model import CONFIG_NAME, FusedKVForCausalLM
+from fusedkv_ext.plan import PLAN_NAMES, CrossLayerPlan
+
+CONFIG_FILE = "config.yaml"
+PRECISIONS = ("bf16", "float32")
+MAX_WARM_UP = 2000  # steps, when the config does not say
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the tokens are: files that `prepare` wrote, and the tokens of a sequence."""
+
+    train: str
+    context: int
+    validation: str | None = None
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up, then a cosine from lr to min_lr at the last step.
+
+    warm_up_steps is a twentieth of the steps by default, at most 2000. grad_clip bounds the norm of the
+    gradient; None does not. Only matrices decay. fusion_lr_scale multiplies the learning rate of the fusion
+    weights.
+    """
+
+    lr: float = 3e-4
+    min_lr: float = 3e-5
+    warm_up_steps: int | None = None
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    grad_clip: float | None = 1.0
+    fusion_lr_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A run, as its YAML file has it; docs/training.md says what each key does.
+
+    Raises:
+        ValueError: a value out of range; the message names it.
+    """
+
+    run_dir: str
+    model: dict
+    data: DataConfig
+    steps: int
+    batch: int
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    micro_batch: int | None = None
+    seed: int = 0
+    device: str | None = None
+    precision: str | None = None
+    compile: bool | None = None
+    activation_checkpointing: bool = False
+    recompute_fusion: bool = False
+    deterministic: bool = False
+    log_every: int = 10
+    validate_every: int = 500
+    validation_windows: int | None = 256
+    checkpoint_every: int = 1000
+    keep_checkpoints: int | None = 2
+    tensorboard: bool = True
+    peak_tflops: float | None = None
+    stop_at: int | None = None
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        optimizer = self.optimizer
+        positive = {
+            "data.context": self.data.context,
+            "optimizer.lr": optimizer.lr,
+            "optimizer.eps": optimizer.eps,
+        }
+        for name in ("steps", "batch", "log_every", "validate_every", "checkpoint_every"):
+            positive[name] = getattr(self, name)
+        for name in ("micro_batch", "validation_windows", "keep_checkpoints", "peak_tflops", "stop_at"):
+            if getattr(self, name) is not None:
+                positive[name] = getattr(self, name)
+        if optimizer.grad_clip is not None:
+            positive["optimizer.grad_clip"] = optimizer.grad_clip
+        for name, value in positive.items():
+            expect(0 < value < math.inf, "train", name, "a positive number", value)
+        for name in ("min_lr", "weight_decay", "fusion_lr_scale"):
+            value = getattr(optimizer, name)
+            expect(0 <= value < math.inf, "train", f"optimizer.{name}", "0 or more", value)
+        for name in ("beta1", "beta2"):
+            value = getattr(optimizer, name)
+            expect(0 <= value < 1, "train", f"optimizer.{name}", "0 to below 1", value)
+        warm_up = optimizer.warm_up_steps
+        fits = warm_up is None or 0 <= warm_up <= self.steps
+        expect(fits, "train", "optimizer.warm_up_steps", f"0 to steps, {self.steps}", warm_up)
+        known = self.precision in (None, *PRECISIONS)
+        expect(known, "train", "precision", " or ".join(PRECISIONS), repr(self.precision))
+        expect(0 <= self.seed < 2**63, "train", "seed", "0 to 2^63 - 1", self.seed)
+
+
+def _value(value: Any, kind: Any, name: str) -> Any:
+    """A value of a YAML file as a field's type; ValueError where it is none."""
+    if is_dataclass(kind):
+        return _section(value, kind, f"{name}.")
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if value is None and type(None) in kinds:
+        return None
+    kind = kinds[0]
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 3e-4, without a point, as text
+        except ValueError:
+            pass
+    wanted = {
+        str: "text",
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        dict: "keys and values",
+    }
+    fits = type(value) is kind
+    expect(fits, "train", name, wanted[kind] + (" or null" if len(kinds) > 1 else ""), repr(value))
+    return value
+
+
+def _section(values: Any, kind: type, prefix: str = "") -> Any:
+    expect(isinstance(values, dict), "train", prefix.rstrip(".") or "config", "keys and values", repr(values))
+    known = {x.name for x in fields(kind)}
+    needed = {x.name for x in fields(kind) if _required(x)}
+    unknown = sorted(f"{prefix}{key}" for key in values if key not in known)
+    missing = sorted(f"{prefix}{key}" for key in needed - values.keys())
+    what = [prefix + name for name in sorted(known)]
+    expect(not unknown, "train", "keys", f"only {what}", f"unknown {unknown}")
+    expect(
+        not missing, "train", "keys", f"at least {[prefix + x for x in sorted(needed)]}", f"none of {missing}"
+    )
+    hints = typing.get_type_hints(kind)
+    return kind(**{key: _value(value, hints[key], prefix + key) for key, value in values.items()})
+
+
+def _required(x: Any) -> bool:
+    from dataclasses import MISSING
+
+    return x.default is MISSING and x.default_factory is MISSING
+
+
+def _yaml() -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise ValueError("train: expected the package PyYAML, which `pip install pyyaml` adds") from error
+    return yaml
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """A YAML file and "key=value" texts over it, where a key of a section is "section.key".
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not YAML, an unknown or a missing key, or a value of another type or out of range.
+    """
+    yaml = _yaml()
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"train: {path}: expected YAML, got {error}") from error
+    expect(isinstance(values, dict), "train", str(path), "keys and values", type(values).__name__)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        expect(bool(equals and key), "train", "arguments", "key=value", repr(override))
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"train: {key}: expected a YAML value, got {text!r}") from error
+        *path_to, last = key.split(".")
+        section = values
+        for name in path_to:
+            section = section.setdefault(name, {})
+            expect(isinstance(section, dict), "train", key, f"{name} to be a section", repr(section))
+        section[last] = value
+    return _section(values, TrainConfig)
+
+
+def model_config(section: Mapping[str, Any], vocab_size: int) -> FusedKVConfig:
+    """The model of a config.
+
+    Args:
+        section: fields of FusedKVConfig, where plan may also be a text as CrossLayerPlan.parse takes it; with
+            `preset` the others may be left out. Or `from`, a model directory to go on from.
+        vocab_size: of the tokens, for a model that gives none.
+
+    Raises:
+        ValueError: an unknown, missing or bad field, or one that differs from the model to go on from.
+    """
+    values = dict(section)
+    preset, start = values.pop("preset", None), values.pop("from", None)
+    if start is not None:
+        expect(preset is None, "train", "model", "preset or from", "both")
+        path = Path(str(start)) / CONFIG_NAME
+        expect(path.is_file(), "train", "model.from", f"a model directory with {CONFIG_NAME}", start)
+        config = FusedKVConfig.load(path)
+        given = FusedKVConfig.from_dict({**config.to_dict(), **_parsed(values, config.num_layers)})
+        check_config(config, given, f"model.from: {start}")
+        return config
+    if preset is not None:
+        layers = FusedKVConfig.preset(preset, plan="vanilla").num_layers
+        return FusedKVConfig.preset(preset, **_parsed(values, values.get("num_layers", layers)))
+    return FusedKVConfig.from_dict({"vocab_size": vocab_size, **_parsed(values, values.get("num_layers"))})
+
+
+def _parsed(values: Mapping[str, Any], num_layers: Any) -> dict[str, Any]:
+    values = dict(values)
+    if isinstance(values.get("plan"), str) and isinstance(num_layers, int):
+        values["plan"] = CrossLayerPlan.parse(values["plan"], num_layers)
+    return values
+
+
+def resolved(config: TrainConfig, model: FusedKVConfig) -> str:
+    """The YAML text of a run: every key with its value, so that it can be run again or gone on with."""
+    values = asdict(config)
+    for name in ("resume", "stop_at"):
+        del values[name]
+    start = {"from": config.model["from"]} if "from" in config.model else {}
+    model_values = json.loads(json.dumps(model.to_dict()))  # without the tuples, which YAML lacks
+    name = model.plan.name
+    if name in PLAN_NAMES and model.plan == CrossLayerPlan.named(name, model.num_layers):
+        model_values["plan"] = name  # which says more to a reader than the list of its layers
+    values["model"] = {**start, **model_values}
+    return _yaml().safe_dump(values, sort_keys=False)
+
+
+def learning_rate(step: int, steps: int, optimizer: OptimizerConfig) -> float:
+    """Of a step, counted from 0: a line up to lr, then half a cosine down to min_lr at the last step."""
+    warm_up = optimizer.warm_up_steps
+    warm_up = min(MAX_WARM_UP, steps // 20) if warm_up is None else warm_up
+    if step < warm_up:
+        return optimizer.lr * (step + 1) / warm_up
+    done = (step - warm_up) / max(1, steps - 1 - warm_up)
+    return optimizer.min_lr + (optimizer.lr - optimizer.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def new_optimizer(model: nn.Module, config: OptimizerConfig, fused: bool) -> torch.optim.AdamW:
+    """AdamW: matrices decay; vectors and fusion weights do not, and the latter have a rate of their own."""
+    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "fusion": []}
+    for name, parameter in model.named_parameters():
+        kind = "fusion" if ".fusion." in name else "matrices" if parameter.dim() == 2 else "vectors"
+        groups[kind].append(parameter)
+    options = [
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if kind == "matrices" else 0.0,
+            "lr_scale": config.fusion_lr_scale if kind == "fusion" else 1.0,
+        }
+        for kind, parameters in groups.items()
+        if parameters
+    ]
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(options, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
+
+
+class Signals:
+    """Catches SIGTERM and SIGINT while in use: the first sets `caught`, the next acts as it always does."""
+
+    def __init__(self) -> None:
+        self.caught: str | None = None
+        self.before: dict[int, Any] = {}
+
+    def _catch(self, number: int, frame: Any) -> None:
+        self.caught = signal.Signals(number).name
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+    def __enter__(self) -> Signals:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self.before[number] = signal.signal(number, self._catch)
+            except ValueError:  # only the main thread may
+                break
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._restore()
+
+
+@contextmanager
+def processes_of(device: str | None) -> Iterator[tuple[Processes, torch.device]]:
+    """This process among torchrun's, with its device; alone without torchrun."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    known = kind.split(":")[0] in ("cpu", "cuda")
+    expect(known, "train", "device", "cpu, cuda or cuda:N", kind)
+    there = kind == "cpu" or torch.cuda.is_available()
+    expect(there, "train", "device", "cpu, because no GPU is visible", kind)
+    if world == 1:
+        yield Processes(), torch.device(kind)
+        return
+    chosen = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
+    expect(chosen.type == kind, "train", "device", "cpu or cuda under torchrun", kind)
+    if kind == "cuda":
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    try:
+        yield Processes(dist.get_rank(), world), chosen
+    finally:
+        dist.destroy_process_group()
+
+
+def _shard(model: FusedKVForCausalLM, device: torch.device, world: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    # The values that a storage layer shares are a view of its projection; nothing writes to them in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    mesh = init_device_mesh(device.type, (world,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+@dataclass
+class Outcome:
+    """How a run ended: steps done, its last checkpoint, and the signal that stopped it, if one did."""
+
+    step: int
+    checkpoint: Path
+    signal: str | None
+
+
+class Trainer:
+    """One process of a run; `run` does the steps that remain.
+
+    Args:
+        config: of the run.
+        processes, device: from processes_of.
+
+    Raises:
+        ValueError: a config that does not fit its data, model or run directory; nothing is written then.
+        FileNotFoundError: token files or a model that are not there.
+    """
+
+    def __init__(self, config: TrainConfig, processes: Processes, device: torch.device):
+        self.config, self.processes, self.device = config, processes, device
+        self.directory = Path(config.run_dir)
+        self.bf16 = config.precision == "bf16" or (config.precision is None and device.type == "cuda")
+        world, context = processes.world, config.data.context
+        share = config.batch // world
+        self.micro_batch = share if config.micro_batch is None else config.micro_batch
+        wanted = f"a multiple of {world} processes x micro_batch {self.micro_batch}"
+        fits = share > 0 and config.batch % (world * self.micro_batch) == 0
+        expect(fits, "train", "batch", wanted, config.batch)
+
+        train = TokenFile(config.data.train)
+        self.last_checkpoint = processes.first(self._open_directory)
+        section = dict(config.model)
+        if self.last_checkpoint is not None and "from" in section:
+            section["from"] = self.last_checkpoint / MODEL  # the model that it began with may be gone
+        self.model_config = model_config(section, train.header.vocab_size)
+        longest, vocab_size = self.model_config.max_position_embeddings, self.model_config.vocab_size
+        wanted = f"at most model.max_position_embeddings, {longest}"
+        expect(context <= longest, "train", "data.context", wanted, context)
+        self.batches = Batches(
+            train, context, config.batch, vocab_size, config.seed, processes.rank, processes.world
+        )
+        self.validation = None if config.data.validation is None else TokenFile(config.data.validation)
+        if self.validation is not None:
+            self.validation.check_vocabulary(vocab_size)
+            count = self.validation.num_windows(context)
+            wanted = f"at least {world} windows of context {context}, one a process"
+            expect(count >= world, "train", str(self.validation.path), wanted, count)
+        tokenizer = train.path.with_name(TOKENIZER_NAME)
+        self.tokenizer = tokenizer if tokenizer.is_file() else None
+        self.facts = {
+            "data": {"num_tokens": len(train), "sha256": train.header.sha256},
+            "context": context,
+            "batch": config.batch,
+            "seed": config.seed,
+        }
+
+        self.step = 0 if self.last_checkpoint is None else check_facts(self.last_checkpoint, self.facts)
+        self.stop = min(config.steps, config.stop_at or config.steps)
+        wanted = f"more than {self.step}, the step of {self.last_checkpoint}"
+        expect(self.step < self.stop, "train", "steps or stop_at", wanted, self.stop)
+
+        torch.manual_seed(config.seed)
+        if self.last_checkpoint is not None:
+            model = load_model(self.last_checkpoint, self.model_config)
+        elif "from" in config.model:
+            model = FusedKVForCausalLM.from_pretrained(config.model["from"], dtype=torch.float32)
+        else:
+            model = FusedKVForCausalLM(self.model_config)
+        self.model = self._set_up(model)
+        self.optimizer = new_optimizer(self.model, config.optimizer, fused=device.type == "cuda")
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # since the last logged step
+        self.loss_steps = torch.zeros((), dtype=torch.int64)
+        self.failure = torch.full((3,), -1.0, dtype=torch.float64, device=device)  # step, loss, gradient norm
+        if self.last_checkpoint is not None:
+            self._restore()
+        self.records: records.Records | None = None
+        processes.first(self._open_records)
+        self.flops = records.flops_per_token(self.model_config, context)
+        self.peak = records.peak_flops(device) if config.peak_tflops is None else config.peak_tflops * 1e12
+
+    def _open_directory(self) -> Path | None:
+        """The checkpoint to go on from; None for a new run, in a directory that holds nothing."""
+        if self.config.resume:
+            return last_checkpoint(self.directory)
+        held = self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir()))
+        wanted = "a new or empty directory, or resume=true"
+        expect(not held, "train", "run_dir", wanted, f"{self.directory}, which holds a run or other files")
+        return None
+
+    def _set_up(self, model: FusedKVForCausalLM) -> FusedKVForCausalLM:
+        """Activation checkpointing, compilation and sharding, in this order."""
+        config, several = self.config, self.processes.world > 1
+        compiled = self.device.type == "cuda" if config.compile is None else config.compile
+        if not several:
+            model.to(self.device)
+        model.recompute_fusion(config.recompute_fusion)
+        for layer in model.model.layers:
+            if config.activation_checkpointing:
+                # Nothing in a layer draws random numbers.
+                layer.forward = functools.partial(
+                    checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+                )
+            if compiled and several:
+                layer.compile()  # each alone: sharding gathers and frees weights between them
+        if compiled:
+            # Layers differ in the layers that they read.
+            limit = torch._dynamo.config.recompile_limit
+            torch._dynamo.config.recompile_limit = max(limit, 2 * self.model_config.num_layers)
+        if several:
+            _shard(model, self.device, self.processes.world)
+        elif compiled:
+            model.compile()
+        return model
+
+    def _extra(self) -> dict[str, Tensor]:
+        """What else a run needs to go on exactly: RNG states, and the losses not logged yet."""
+        state = {"rng.cpu": torch.get_rng_state(), "loss_sum": self.loss_sum, "loss_steps": self.loss_steps}
+        if self.device.type == "cuda":
+            state["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def _restore(self) -> None:
+        state = load_state(self.last_checkpoint, self.model, self.optimizer, self._extra(), self.processes)
+        torch.set_rng_state(state["rng.cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng.cuda"], self.device)
+        self.loss_sum, self.loss_steps = state["loss_sum"], state["loss_steps"]
+
+    def _open_records(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(self.directory)
+        layers = self.model_config.num_layers
+        self.records = records.Records(self.directory, layers, self.config.tensorboard, self.step)
+        (self.directory / CONFIG_FILE).write_text(resolved(self.config, self.model_config))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far."""
+        return self.step * self.config.batch * self.config.data.context
+
+    def _loss(self, windows: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.model(windows[:, :-1], windows[:, 1:])
+
+    def _to_device(self, windows: Tensor) -> Tensor:
+        if self.device.type == "cuda":
+            return windows.pin_memory().to(self.device, non_blocking=True)
+        return windows
+
+    def train_step(self, log: bool) -> dict[str, Any] | None:
+        """One step of the optimizer; with log the learning rate and the norms of the gradients."""
+        config, several = self.config, self.processes.world > 1
+        rate = learning_rate(self.step, config.steps, config.optimizer)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["lr_scale"]
+        parts = self._to_device(self.batches(self.step)).split(self.micro_batch)
+        total = torch.zeros((), device=self.device)
+        for i, part in enumerate(parts):
+            if several:
+                self.model.set_requires_gradient_sync(i + 1 == len(parts))
+            loss = self._loss(part) / len(parts)
+            loss.backward()
+            total += loss.detach()
+        grads = records.gradients(self.model)
+        norm = nn.utils.get_total_norm(grads)
+        whole = records.full(norm)
+        found = None
+        if log:
+            found = {"lr": rate, "layers": records.layer_norms(self.model), "grad_norm": whole}
+            found["projections"] = records.projection_norms(self.model)
+        if config.optimizer.grad_clip is not None:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), config.optimizer.grad_clip, whole)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        # On the device, so that no step waits for it; read before anything is logged or saved.
+        failed = ~(total.isfinite() & whole.isfinite()) & (self.failure[0] < 0)
+        now = torch.stack([torch.full_like(total, self.step), total, whole]).double()
+        self.failure = torch.where(failed, now, self.failure)
+        self.loss_sum += total
+        self.loss_steps += 1
+        return found
+
+    def check_finite(self) -> None:
+        """Raise FloatingPointError if a step since the last checkpoint had no finite loss and gradient."""
+        step, loss, norm = self.failure.tolist()
+        if self.processes.any(step >= 0):
+            kept = f"the last good checkpoint is {self.last_checkpoint}"
+            if self.last_checkpoint is None:
+                kept = "there is no checkpoint before it"
+            wanted = "expected a finite loss and gradient norm"
+            raise FloatingPointError(f"train: step {step:.0f}: {wanted}, got {loss} and {norm}; {kept}")
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean loss over windows of the validation file at even distances, the same at every call."""
+        config, processes = self.config, self.processes
+        most = config.validation_windows
+        most = None if most is None else max(most, processes.world)
+        numbers = spread(self.validation.num_windows(config.data.context), most)
+        # Every process takes as many, because sharded layers wait for each other.
+        even = processes.world * self.micro_batch
+        even = even if len(numbers) >= even else processes.world
+        numbers = numbers[: len(numbers) - len(numbers) % even]
+        mine, total = numbers[processes.rank :: processes.world], torch.zeros((), dtype=torch.float64)
+        for start in range(0, len(mine), self.micro_batch):
+            part = mine[start : start + self.micro_batch]
+            windows = self.validation.windows(part, config.data.context, self.model_config.vocab_size)
+            total += self._loss(self._to_device(windows)).double().cpu() * len(part)
+        return float(processes.total(total)) / len(numbers)
+
+    def _validate(self, say: Callable[[str], None]) -> None:
+        fusion = records.fusion_statistics(self.model)
+        if self.records is not None:
+            self.records.add_fusion(self.step, fusion)
+        if self.validation is None:
+            return
+        loss = self.validate()
+        if self.records is not None:
+            self.records.add_validation(self.step, self.tokens, loss)
+        say(f"step {self.step}: validation loss {loss:.4f}")
+
+    def _save(self) -> None:
+        if self.records is not None:
+            self.records.flush()
+        self.last_checkpoint = save(
+            self.directory,
+            self.step,
+            self.model,
+            self.optimizer,
+            self._extra(),
+            self.facts,
+            self.processes,
+            self.config.keep_checkpoints,
+            self.tokenizer,
+        )
+
+    def _log(self, found: dict[str, Any], steps: int, started: float) -> dict[str, float | None]:
+        """A row of metrics.csv; its loss is the mean of the steps since the row before.
+
+        found: what train_step gave. steps: done since the time `started`.
+        """
+        self.check_finite()  # which waits for the device
+        seconds = time.perf_counter() - started
+        loss = self.processes.total(self.loss_sum.cpu()) / self.processes.world / self.loss_steps
+        rate = steps * self.config.batch * self.config.data.context / seconds
+        known = self.peak is not None and self.bf16
+        on_cuda = self.device.type == "cuda"
+        row = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "loss": float(loss),
+            "lr": found["lr"],
+            "grad_norm": float(found["grad_norm"]),
+            "tokens_per_s": rate,
+            "mfu": rate * self.flops / (self.peak * self.processes.world) if known else None,
+            "peak_memory_gb": torch.cuda.max_memory_allocated(self.device) / 1e9 if on_cuda else None,
+            **found["layers"],
+        }
+        if self.records is not None:
+            self.records.add_metrics(row, found["projections"])
+        self.loss_sum.zero_()
+        self.loss_steps.zero_()
+        return row
+
+    def run(self) -> Outcome:
+        """Train to the last step, to stop_at or to a signal, and save.
+
+        Raises:
+            FloatingPointError: a loss or gradient that is not finite, with the step and the last checkpoint.
+            OSError: a checkpoint could not be written; the earlier ones are whole.
+            ValueError: an id beyond the vocabulary in a batch.
+        """
+        config = self.config
+        first = self.processes.rank == 0
+        bar = tqdm(
+            total=config.steps,
+            initial=self.step,
+            desc=self.directory.name,
+            unit="step",
+            disable=None if first else True,
+        )
+
+        def say(text: str) -> None:
+            if first:
+                bar.write(text) if not bar.disable else print(text, flush=True)
+
+        with Signals() as signals, bar:
+            try:
+                return self._run(signals, bar, say)
+            finally:
+                if self.records is not None:
+                    self.records.close()
+
+    def _run(self, signals: Signals, bar: Any, say: Callable[[str], None]) -> Outcome:
+        config = self.config
+        if self.step == 0:
+            self._validate(say)
+        steps, started = 0, time.perf_counter()
+        while True:
+            last = self.step + 1 == self.stop
+            # Not at stop_at: a run in two parts logs what one in a single part does.
+            log = (self.step + 1) % config.log_every == 0 or self.step + 1 == config.steps
+            found = self.train_step(log)
+            steps += 1
+            bar.update()
+            if found is not None:
+                row = self._log(found, steps, started)
+                steps, started = 0, time.perf_counter()
+                bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+                if bar.disable:
+                    rate = f"{row['tokens_per_s']:.0f} tokens/s"
+                    say(f"step {self.step}: loss {row['loss']:.4f}, gradient {row['grad_norm']:.3f}, {rate}")
+            stopped = self.processes.any(signals.caught is not None)
+            look = self.step % config.validate_every == 0 or self.step == config.steps
+            keep = self.step % config.checkpoint_every == 0 or last or stopped
+            if look or keep:
+                self.check_finite()  # which waits for the device: what follows is no time of training
+                paused = time.perf_counter()
+                if look:
+                    self._validate(say)
+                if keep:
+                    self._save()
+                started += time.perf_counter() - paused
+            if last or stopped:
+                name = signals.caught or ("a signal to another process" if stopped else None)
+                return Outcome(self.step, self.last_checkpoint, None if last else name)
+
+
+def train(config: TrainConfig) -> Outcome:
+    """Do a run, or what remains of it.
+
+    Raises:
+        ValueError, FileNotFoundError, FloatingPointError, OSError: see Trainer and Trainer.run.
+    """
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # which no result depends on
+    with processes_of(config.device) as (processes, device):
+        return Trainer(config, processes, device).run()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `python -m fusedkv_ext train`."""
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, as in examples/train.yaml")
+    wanted = "over those of the file, as in steps=100 model.plan=vanilla resume=true"
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=wanted)
+
+
+def run(args: argparse.Namespace) -> None:
+    """`python -m fusedkv_ext train`."""
+    outcome = train(read_config(args.config, args.overrides))
+    if int(os.environ.get("RANK", 0)) == 0:
+        why = f", stopped by {outcome.signal}; go on with resume=true" if outcome.signal else ""
+        print(f"step {outcome.step}: {outcome.checkpoint}{why}", file=sys.stdout, flush=True)
