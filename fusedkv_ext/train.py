@@ -17,14 +17,13 @@ import json
 import math
 import os
 import signal
-import sys
 import time
 import types
 import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +175,7 @@ def _value(value: Any, kind: Any, name: str) -> Any:
 def _section(values: Any, kind: type, prefix: str = "") -> Any:
     expect(isinstance(values, dict), "train", prefix.rstrip(".") or "config", "keys and values", repr(values))
     known = {x.name for x in fields(kind)}
-    needed = {x.name for x in fields(kind) if _required(x)}
+    needed = {x.name for x in fields(kind) if x.default is MISSING and x.default_factory is MISSING}
     unknown = sorted(f"{prefix}{key}" for key in values if key not in known)
     missing = sorted(f"{prefix}{key}" for key in needed - values.keys())
     what = [prefix + name for name in sorted(known)]
@@ -186,12 +185,6 @@ def _section(values: Any, kind: type, prefix: str = "") -> Any:
     )
     hints = typing.get_type_hints(kind)
     return kind(**{key: _value(value, hints[key], prefix + key) for key, value in values.items()})
-
-
-def _required(x: Any) -> bool:
-    from dataclasses import MISSING
-
-    return x.default is MISSING and x.default_factory is MISSING
 
 
 def _yaml() -> Any:
@@ -729,4 +722,4 @@ def run(args: argparse.Namespace) -> None:
     outcome = train(read_config(args.config, args.overrides))
     if int(os.environ.get("RANK", 0)) == 0:
         why = f", stopped by {outcome.signal}; go on with resume=true" if outcome.signal else ""
-        print(f"step {outcome.step}: {outcome.checkpoint}{why}", file=sys.stdout, flush=True)
+        print(f"step {outcome.step}: {outcome.checkpoint}{why}", flush=True)

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,9 @@ pytest.importorskip("yaml")
 from fusedkv_ext import FusedKVConfig, FusedKVForCausalLM, checkpoint, cli, data, records
 from fusedkv_ext.evaluate import evaluate
 from fusedkv_ext.train import (
+    DataConfig,
     OptimizerConfig,
+    TrainConfig,
     Trainer,
     learning_rate,
     model_config,
@@ -32,6 +34,7 @@ from fusedkv_ext.train import (
     train,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # of saved_state
 CONTEXT = 32
 SPEED = ("tokens_per_s", "mfu", "peak_memory_gb")  # columns that no two runs share
 MODEL = """
@@ -476,6 +479,23 @@ def test_presets_and_plans(write_config):
     made = model_config(config.model, 260)
     assert (made.vocab_size, made.num_layers, made.plan.last_storage) == (128_000, 6, 3)
     assert read_config(write_config(), ["optimizer.lr=3e-4"]).optimizer.lr == 3e-4
+
+
+def test_the_example_and_the_documentation_have_every_key():
+    root = Path(__file__).parents[1]
+    example = read_config(root / "examples/train.yaml")
+    with torch.device("meta"):
+        model = FusedKVForCausalLM(model_config(example.model, 16384))
+    embedding = model.model.embed_tokens.weight.numel()
+    parameters = sum(x.numel() for x in model.parameters())
+    assert (round(parameters / 1e6), round((parameters - embedding) / 1e6)) == (67, 56)
+    assert example.steps * example.batch * example.data.context // 10**6 == 131
+
+    text = (root / "docs/training.md").read_text()
+    for kind, prefix in ((TrainConfig, ""), (DataConfig, "data."), (OptimizerConfig, "optimizer.")):
+        for key in fields(kind):
+            if prefix or key.name not in ("data", "optimizer"):
+                assert f"`{prefix}{key.name}`" in text, key.name
 
 
 def test_learning_rate():
