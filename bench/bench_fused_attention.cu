@@ -206,6 +206,7 @@ bool verify() {
     for (int sources : {1, 2})
       for (const Shape& s : {Shape{8, 2, d, sources, 1, 16, 0, true, {0, 1, 63, 130, 500}},
                              Shape{2, 2, d, sources, 1, 1, 0, false, {70, 3}},
+                             Shape{7, 1, d, sources, 1, 16, 0, true, {3000, 40}},
                              Shape{16, 1, d, sources, 1, 64, 100, true, {64, 1000}},
                              Shape{8, 2, d, sources, 7, 100, 0, true, {9, 205}},
                              Shape{16, 1, d, sources, 5, 64, 40, true, {5, 150}}}) {
