@@ -17,12 +17,12 @@ import fusedkv_ext
 from fusedkv_ext import convert, data, evaluate, extension, plots, train
 from fusedkv_ext.cache import FP8_SOURCES, PagedKVCache
 from fusedkv_ext.checks import expect
+from fusedkv_ext.data import TOKENIZER_NAME
 from fusedkv_ext.generation import stream
 from fusedkv_ext.model import CONFIG_NAME, WEIGHTS_NAME, FusedKVForCausalLM
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 DEMO_PROMPT = "def fibonacci("
-TOKENIZER_NAME = "tokenizer.json"
 PAGE_SIZE = 16  # small pages: the demo's texts are short, and a half-empty page counts in the bytes shown
 COMMANDS = {  # modules with add_arguments and run
     "prepare": data,

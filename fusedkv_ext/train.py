@@ -34,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from fusedkv_ext import records
+from fusedkv_ext.cache import upload
 from fusedkv_ext.checkpoint import (
     MODEL,
     Processes,
@@ -511,18 +512,13 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return self.model(windows[:, :-1], windows[:, 1:])
 
-    def _to_device(self, windows: Tensor) -> Tensor:
-        if self.device.type == "cuda":
-            return windows.pin_memory().to(self.device, non_blocking=True)
-        return windows
-
     def train_step(self, log: bool) -> dict[str, Any] | None:
         """One step of the optimizer; with log the learning rate and the norms of the gradients."""
         config, several = self.config, self.processes.world > 1
         rate = learning_rate(self.step, config.steps, config.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
-        parts = self._to_device(self.batches(self.step)).split(self.micro_batch)
+        parts = upload(self.batches(self.step), self.device).split(self.micro_batch)
         total = torch.zeros((), device=self.device)
         for i, part in enumerate(parts):
             if several:
@@ -575,7 +571,7 @@ class Trainer:
         for start in range(0, len(mine), self.micro_batch):
             part = mine[start : start + self.micro_batch]
             windows = self.validation.windows(part, config.data.context, self.model_config.vocab_size)
-            total += self._loss(self._to_device(windows)).double().cpu() * len(part)
+            total += self._loss(upload(windows, self.device)).double().cpu() * len(part)
         return float(processes.total(total)) / len(numbers)
 
     def _validate(self, say: Callable[[str], None]) -> None:

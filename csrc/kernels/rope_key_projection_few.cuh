@@ -282,20 +282,9 @@ cudaError_t launch_few_tokens_tile(const RopeKeyProjectionParams& p, cudaStream_
   // Not all SMs: a cluster needs those of one GPC, and GPCs have some to spare. More would also exchange more
   // partial sums.
   const int ranks = std::clamp(sms * 3 / 4 / row_tiles, 1, std::min(kFewMaxCluster, k_tiles));
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(ranks), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(ranks, row_tiles);
-  config.blockDim = dim3(kFewThreads);
-  config.dynamicSmemBytes = Shape::kSmemBytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  return cudaLaunchKernelEx(&config, kernel, p, x_map, weight_map,
-                            FewSplit(ranks, k_tiles, static_cast<int>(tokens)));
+  return launch_overlapping_clusters(kernel, ranks, dim3(ranks, row_tiles), kFewThreads, Shape::kSmemBytes,
+                                     stream, p, x_map, weight_map,
+                                     FewSplit(ranks, k_tiles, static_cast<int>(tokens)));
 }
 
 // For at most 64 tokens, where has_hopper_kernel().

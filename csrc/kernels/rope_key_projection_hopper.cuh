@@ -390,19 +390,9 @@ cudaError_t launch_hopper_tile(const RopeKeyProjectionParams& p, cudaStream_t st
 
   const HopperTiles tiles{static_cast<int>((tokens + Tile::kClusterRows - 1) / Tile::kClusterRows),
                           static_cast<int>((cols + kCols - 1) / kCols)};
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {kHopperCtas, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(std::min(sms / kHopperCtas, tiles.row_tiles * tiles.col_tiles) * kHopperCtas);
-  config.blockDim = dim3(kHopperThreads);
-  config.dynamicSmemBytes = Tile::kSmemBytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  return cudaLaunchKernelEx(&config, kernel, p, x_map, weight_map, tiles);
+  const dim3 grid(std::min(sms / kHopperCtas, tiles.row_tiles * tiles.col_tiles) * kHopperCtas);
+  return launch_overlapping_clusters(kernel, kHopperCtas, grid, kHopperThreads, Tile::kSmemBytes, stream, p,
+                                     x_map, weight_map, tiles);
 }
 
 // Whether the GPU would run the kernel and not its stand-in: only the machine code for sm_90a has barriers in

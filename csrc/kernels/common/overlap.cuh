@@ -30,25 +30,34 @@ __device__ __forceinline__ void prefetch_l2(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
-// Launches a kernel that waits by itself for those before it.
+// Launches a kernel that waits by itself for those before it, in clusters of so many CTAs in x; 0 for none.
 template <class... Params, class... Args>
-cudaError_t launch_overlapping(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
-                               cudaStream_t stream, Args&&... args) {
-  // Code for an older GPU, compiled for this one by the driver, does not wait.
+cudaError_t launch_overlapping_clusters(void (*kernel)(Params...), unsigned cluster, dim3 grid, dim3 block,
+                                        size_t shared_bytes, cudaStream_t stream, Args&&... args) {
+  // Code for an older GPU, compiled for this one by the driver, does not wait and knows no clusters.
   cudaFuncAttributes compiled;
   const cudaError_t error = cudaFuncGetAttributes(&compiled, kernel);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {cluster, 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = compiled.ptxVersion >= 90;
+  config.attrs = attributes;
+  config.numAttrs = compiled.ptxVersion < 90 ? 0 : cluster == 0 ? 1 : 2;
   return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
+}
+
+template <class... Params, class... Args>
+cudaError_t launch_overlapping(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
+                               cudaStream_t stream, Args&&... args) {
+  return launch_overlapping_clusters(kernel, 0, grid, block, shared_bytes, stream,
+                                     std::forward<Args>(args)...);
 }
 
 }  // namespace fusedkv
