@@ -190,7 +190,8 @@ class Array {
   // Normal values that depend on the seed and the index only.
   static Array normal(size_t count, uint64_t seed, float mean = 0.0f, float deviation = 1.0f) {
     Array array(count);
-    fill_normal_kernel<<<1024, 256>>>(array.device_, count, seed, mean, deviation);
+    const auto blocks = static_cast<unsigned>(std::clamp<size_t>((count + 255) / 256, 1, 1024));
+    fill_normal_kernel<<<blocks, 256>>>(array.device_, count, seed, mean, deviation);
     CUDA_CHECK(cudaGetLastError());
     CUDA_CHECK(cudaDeviceSynchronize());
     return array;

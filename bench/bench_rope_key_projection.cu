@@ -393,6 +393,9 @@ bool verify_options(Case c, const std::optional<Path>& only) {
 }
 
 bool verify_all(const std::optional<Path>& only) {
+  int device, sms;
+  CUDA_CHECK(cudaGetDevice(&device));
+  CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
   bool passed = true;
   for (const int d : {64, 128}) {
     for (const int64_t tokens : {1, 7, 19, 50, 64, 129, 257, 600}) {
@@ -400,13 +403,13 @@ bool verify_all(const std::optional<Path>& only) {
       passed &= verify_options({tokens, hidden, 2, 1, d}, only);
     }
     passed &= verify<bf16, bf16>({600, 8, 3, 0, d}, only);
-    // More tiles of every size than a GPU has SMs, so that CTAs walk from tile to tile at every place of the
-    // ring; the last two shapes make three rounds, of tiles that are shorter and longer than what the ring's
-    // first stage waits for.
-    passed &= verify<bf16, bf16>({3000, 328, 1024 / d, 256 / d, d}, only);
-    passed &= verify<f16, f16>({2900, 136, 2560 / d - 5, 3, d}, only);
-    passed &= verify<f16, f16>({5000, 72, 1024 / d, 512 / d, d}, only);
-    passed &= verify<bf16, bf16>({5000, 968, 1024 / d, 512 / d, d}, only);
+    // More tiles of every size than the GPU has SMs, so that CTAs walk from tile to tile at every place of
+    // the ring; the last two shapes make three rounds, of tiles that are shorter and longer than what the
+    // ring's first stage waits for.
+    passed &= verify<bf16, bf16>({int64_t{sms} * 22 + 96, 328, 1024 / d, 256 / d, d}, only);
+    passed &= verify<f16, f16>({int64_t{sms} * 22 - 4, 136, 2560 / d - 5, 3, d}, only);
+    passed &= verify<f16, f16>({int64_t{sms} * 37 + 116, 72, 1024 / d, 512 / d, d}, only);
+    passed &= verify<bf16, bf16>({int64_t{sms} * 37 + 116, 968, 1024 / d, 512 / d, d}, only);
   }
   return passed;
 }

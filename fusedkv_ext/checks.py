@@ -299,6 +299,14 @@ def fuse_kv_backward(grad_k, grad_v, k_sources, v_sources, key_weights, value_we
         c.tensor(name, grad, (k_sources[0].dtype,), tuple(k_sources[0].shape))
 
 
+def swiglu(gate_up) -> None:
+    c = Checker("swiglu", gate_up.device)
+    c.expect(gate_up.dim() >= 1, "gate_up", "at least 1 dimension", gate_up.dim())
+    c.tensor("gate_up", gate_up, FLOATS, (None,) * gate_up.dim())
+    width = gate_up.shape[-1]
+    c.expect(width > 0 and width % 2 == 0, "gate_up", "a last dimension of 2 * I, I at least 1", width)
+
+
 def attention_schedule(
     seq_lens, max_seq_len, num_query_tokens, num_query_heads, num_kv_heads, window=0
 ) -> None:

@@ -29,6 +29,7 @@ SCHEMAS = (
     " -> (Tensor, Tensor)",
     "fuse_kv_backward(Tensor grad_k, Tensor grad_v, Tensor[] k_sources, Tensor[] v_sources,"
     " Tensor key_weights, Tensor value_weights) -> (Tensor[], Tensor[], Tensor, Tensor)",
+    "swiglu(Tensor gate_up) -> Tensor",
     "attention_schedule(Tensor seq_lens, int max_seq_len, int num_query_tokens, int num_query_heads,"
     " int num_kv_heads, int window=0) -> Tensor",
     "fused_attention(Tensor q, Tensor[] k_sources, Tensor[] v_sources, Tensor? key_weights,"
@@ -66,6 +67,11 @@ def _fake_fuse_kv_backward(grad_k, grad_v, k_sources, v_sources, key_weights, va
     )
 
 
+def _fake_swiglu(gate_up):
+    checks.swiglu(gate_up)
+    return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+
+
 def _fake_attention_schedule(
     seq_lens, max_seq_len, num_query_tokens, num_query_heads, num_kv_heads, window=0
 ):
@@ -85,6 +91,7 @@ _FAKES = {
     "rope_norm_backward": _fake_rope_norm_backward,
     "fuse_kv": _fake_fuse_kv,
     "fuse_kv_backward": _fake_fuse_kv_backward,
+    "swiglu": _fake_swiglu,
     "attention_schedule": _fake_attention_schedule,
     "fused_attention": _fake_fused_attention,
 }
@@ -138,6 +145,15 @@ def _projection_grad(ctx, grad):
     return grad @ weight, grad.t() @ x, None, None, grad_norm, None, grad_bias, None
 
 
+def _swiglu_setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _swiglu_grad(ctx, grad):
+    (gate_up,) = ctx.saved_tensors
+    return reference.swiglu_backward(grad, gate_up)
+
+
 for _schema in SCHEMAS:
     _library.define(_schema)
     _op = _schema.partition("(")[0]
@@ -145,6 +161,7 @@ for _schema in SCHEMAS:
     torch.library.register_fake(f"fusedkv::{_op}", _FAKES.get(_op, getattr(checks, _op)), lib=_library)
 
 torch.library.register_autograd("fusedkv::fuse_kv", _fuse_kv_grad, setup_context=_fuse_kv_setup, lib=_library)
+torch.library.register_autograd("fusedkv::swiglu", _swiglu_grad, setup_context=_swiglu_setup, lib=_library)
 torch.library.register_autograd(
     "fusedkv::rope_key_projection", _projection_grad, setup_context=_projection_setup, lib=_library
 )

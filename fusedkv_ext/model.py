@@ -109,7 +109,7 @@ class FusedKVModel(nn.Module):
             layer.bind(cache, self.rotary())
 
     def cached(self, x: Tensor, layers: Iterable[int], step: PrefillChunk | DecodeStep) -> Tensor:
-        """x [T, hidden] through some of the layers, with the cache."""
+        """Change x [T, hidden] in place, through some of the layers with the cache, and return it."""
         for i in layers:
             x = self.layers[i].cached(x, self.rotary(), step)
         return x
@@ -170,12 +170,16 @@ class FusedKVForCausalLM(nn.Module):
         Raises:
             ValueError: as FusedKVModel, or targets of another shape.
         """
-        logits = self.logits(self.model(input_ids))
+        hidden = self.model(input_ids)
         if targets is None:
-            return logits
+            return self.logits(hidden)
         same = targets.shape == input_ids.shape
         expect(same, "FusedKVForCausalLM", "targets", f"shape {list(input_ids.shape)}", list(targets.shape))
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return self.loss(hidden, targets)
+
+    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy, a float32 scalar, of hidden states [B, S, hidden] for targets [B, S]."""
+        return F.cross_entropy(self.logits(hidden).flatten(0, 1).float(), targets.flatten())
 
     def check_cache(self, cache: PagedKVCache, op: str) -> None:
         """Raise ValueError unless the cache has this model's config, dtype and device."""

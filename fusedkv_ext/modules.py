@@ -1,8 +1,11 @@
 """The layers, each usable in a model of your own.
 
-Every attention module has two forms. `forward` takes whole sequences [B, S, hidden] and no cache: for
-training, differentiable and fit for torch.compile. `cached` takes packed tokens [T, hidden] and a *step*
-(cache.PrefillChunk or cache.DecodeStep) that knows where their keys and values live: for generation.
+Attention, MLP and layer have two forms. `forward` takes whole sequences [B, S, hidden] and no cache: for
+training, differentiable and fit for torch.compile. `cached` takes packed tokens [T, hidden] and, but for the
+MLP, a *step* (cache.PrefillChunk or cache.DecodeStep) that knows where their keys and values live: for
+generation, under torch.no_grad. It adds its output to the residual stream in place, that of attention and MLP
+to the argument `residual` (zeros give the output alone) and that of a layer to x itself: clone an x that is
+needed later.
 
 Before the first step `bind` hands the cache what depends on the weights alone, so that no step computes it
 again: the scales of source layers in e4m3, and the fusion weights. Bind the layers from the lowest up, and
@@ -136,6 +139,14 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+def add_projected(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Add x @ weight.T to residual [T, hidden] in place, and return it.
+
+    The library's product adds what its output holds before it rounds: no kernel and no rounding for the sum.
+    """
+    return residual.addmm_(x, weight.t())
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)), with gate and up packed into one projection."""
 
@@ -145,8 +156,15 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., hidden] to the same shape."""
+        # Not ops.swiglu, whose CUDA kernel takes half precision alone: this trains in float32 on a GPU too,
+        # and torch.compile makes one kernel of this and keeps as little for the backward pass.
         gate, up = self.gate_up_proj(x).chunk(2, -1)
         return self.down_proj(F.silu(gate) * up)
+
+    def cached(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Add the output for x [T, hidden] to residual [T, hidden] in place, and return that."""
+        return add_projected(residual, ops.swiglu(self.gate_up_proj(x)), self.down_proj.weight)
 
 
 class FusionWeights(Float32Module):
@@ -521,12 +539,15 @@ class StorageAttention(_Attention):
         if self.layer in cache.fp8_layers:
             cache.set_scales(self.layer, *self.kv_scales(norm_weight, cos_sin))
 
-    def cached(self, x: Tensor, cos_sin: Tensor, step: PrefillChunk | DecodeStep) -> Tensor:
-        """Write the keys and values of x [T, hidden] to the step's slots, then attend to the cache."""
+    def cached(self, x: Tensor, cos_sin: Tensor, step: PrefillChunk | DecodeStep, residual: Tensor) -> Tensor:
+        """Write the keys and values of x [T, hidden] to the step's slots, then attend to the cache.
+
+        The output is added to residual [T, hidden] in place, which is returned.
+        """
         weight = self.qkv_proj.weight
         q = self._project_and_write(x, weight, self.num_heads, cos_sin, step, self.k_norm, self.layer)
         out = step.attend(q, step.cache.own(self.layer), self.window)
-        return self.o_proj(out.flatten(1))
+        return add_projected(residual, out.flatten(1), self.o_proj.weight)
 
     def write_kv(self, x: Tensor, cos_sin: Tensor, step: PrefillChunk | DecodeStep) -> None:
         """Only write the keys and values of x [T, hidden]: all that a prompt needs of the last such layer."""
@@ -611,10 +632,14 @@ class ReconstructionAttention(_Attention):
         """
         cache.set_weights(self, self.plan, *self.fusion())
 
-    def cached(self, x: Tensor, cos_sin: Tensor, step: PrefillChunk | DecodeStep) -> Tensor:
-        """Attend from x [T, hidden] to the cache of the source layers, after `bind`."""
+    def cached(self, x: Tensor, cos_sin: Tensor, step: PrefillChunk | DecodeStep, residual: Tensor) -> Tensor:
+        """Attend from x [T, hidden] to the cache of the source layers, after `bind`.
+
+        The output is added to residual [T, hidden] in place, which is returned.
+        """
         q = self._project_and_write(x, self.q_proj.weight, self.num_heads, cos_sin, step)
-        return self.o_proj(step.attend(q, step.cache.fused(self)).flatten(1))
+        out = step.attend(q, step.cache.fused(self))
+        return add_projected(residual, out.flatten(1), self.o_proj.weight)
 
 
 def mix_sources(
@@ -706,9 +731,9 @@ class DecoderLayer(nn.Module):
         self.attention.bind(cache, self.attention_norm.weight, cos_sin)
 
     def cached(self, x: Tensor, cos_sin: Tensor, step: PrefillChunk | DecodeStep) -> Tensor:
-        """x [T, hidden] to the same shape, through a cache that `bind` has prepared."""
-        x = x + self.attention.cached(self.attention_norm(x), cos_sin, step)
-        return x + self.mlp(self.mlp_norm(x))
+        """Change x [T, hidden] in place, through a cache that `bind` has prepared, and return it."""
+        x = self.attention.cached(self.attention_norm(x), cos_sin, step, x)
+        return self.mlp.cached(self.mlp_norm(x), x)
 
     def write_kv(self, x: Tensor, cos_sin: Tensor, step: PrefillChunk | DecodeStep) -> None:
         """Only the cache write of a storage layer."""

@@ -7,8 +7,8 @@ stride and stride 1 in the last dimension. A *slot* is `page * page_size + offse
 CUDA takes float16 and bfloat16 with D 64 or 128; strides and addresses of caches are multiples of 16 bytes.
 The CPU also takes float32 and float64 and any even D. Bad arguments raise `ValueError` with the text
 `op: argument: expected ..., got ...` before anything is written. Indices that live on the device are not
-trusted: a slot or page outside the cache is skipped. `fuse_kv` and `rope_key_projection` are differentiable,
-the others are not.
+trusted: a slot or page outside the cache is skipped. `fuse_kv`, `rope_key_projection` and `swiglu` are
+differentiable, the others are not.
 """
 
 from __future__ import annotations
@@ -272,6 +272,25 @@ def fuse_kv_backward(
         ValueError: a device, dtype, shape or stride that does not fit.
     """
     return _ops.fuse_kv_backward(grad_k, grad_v, k_sources, v_sources, key_weights, value_weights)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """The gated activation of a SwiGLU MLP in one pass, computed in float32 and rounded once.
+
+        out = silu(gate) * up,   silu(x) = x / (1 + exp(-x))
+
+    Differentiable, twice too: the backward pass is torch's own operations.
+
+    Args:
+        gate_up: [..., 2 * I], gate in the first I columns and up in the others; on CUDA I is a multiple of 8.
+
+    Returns:
+        [..., I], contiguous, of the dtype of gate_up.
+
+    Raises:
+        ValueError: a dtype, shape or stride that does not fit.
+    """
+    return _ops.swiglu(gate_up)
 
 
 def attention_schedule(

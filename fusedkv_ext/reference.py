@@ -220,6 +220,19 @@ def fuse_kv_backward(
     return grad_ks, grad_vs, grad_a, grad_b
 
 
+def swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = _wide(gate_up).chunk(2, -1)
+    return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype).contiguous()
+
+
+def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    """The gradient of gate_up, in torch ops on every device: torch.compile makes one kernel of it."""
+    gate, up = _wide(gate_up).chunk(2, -1)
+    grad, sigmoid = _wide(grad), gate.sigmoid()
+    grad_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
+    return torch.cat((grad_gate, grad * gate * sigmoid), -1).to(gate_up.dtype)
+
+
 def attention_schedule(
     seq_lens: Tensor,
     max_seq_len: int,

@@ -149,6 +149,16 @@ def test_a_decode_step_with_fp8_runs_no_op_more():
         assert step_ops(plan, "copy") == step_ops(plan, "only") == plain
 
 
+@every_plan
+def test_generation_changes_no_weights(device, plan):
+    """The layers add to the residual stream in place, which begins as the embeddings of the tokens."""
+    model = tiny.model(plan, device=device)
+    before = copy.deepcopy(model.state_dict())
+    generate(model, tiny.prompts(9, 1), 4)
+    after = model.state_dict()
+    assert all(torch.equal(x, after[name]) for name, x in before.items())
+
+
 def change_weights(model, layers=range(tiny.LAYERS)) -> None:
     """One step of training with a large rate, of some layers only."""
     ids = torch.randint(0, tiny.VOCAB, (2, 17), device=model.device)
@@ -245,7 +255,7 @@ def test_early_exit_skips_layers(plan):
         return hook
 
     for i, layer in enumerate(model.model.layers):
-        layer.mlp.register_forward_pre_hook(count(i))
+        layer.mlp.gate_up_proj.register_forward_pre_hook(count(i))
     cache = model.new_cache(10, page_size=4, max_batch=2)
     model.prefill(cache, cache.add([9, 4]), tiny.prompts(9, 4), chunk=5)
     last = plan.last_storage

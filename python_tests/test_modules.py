@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import assert_close_2x
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedkv_ext import (
     DecoderLayer,
@@ -180,6 +181,15 @@ def test_rms_norm_and_swiglu_are_their_formulas():
     torch.testing.assert_close(mlp(x), hidden @ mlp.down_proj.weight.t())
 
 
+def test_cached_swiglu_adds_its_output_in_place():
+    mlp, x, residual = SwiGLU(8, 12).double(), *torch.randn(2, 5, 8, dtype=torch.float64)
+    before = x.clone(), residual.clone()
+    with torch.no_grad():
+        assert mlp.cached(x, residual) is residual
+        torch.testing.assert_close(residual, before[1] + mlp(x))
+    assert torch.equal(x, before[0])
+
+
 def naive_attention(q, k, v, window):
     groups = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(groups, 2) for x in (k, v))
@@ -252,9 +262,9 @@ def test_projecting_in_one_launch_changes_nothing(monkeypatch, fp8_sources, inte
         for layer in made.layers:
             layer.bind(cache, table)
         step = cache.prefill_chunk(rows, [9])
-        made.layers[1].write_kv(made.layers[0].cached(x[:9], table, step), table, step)
+        made.layers[1].write_kv(made.layers[0].cached(x[:9].clone(), table, step), table, step)
         cache.advance(rows, [9])
-        step, h = cache.decode_step(torch.tensor(rows)), x[9:]
+        step, h = cache.decode_step(torch.tensor(rows)), x[9:].clone()
         for layer in made.layers:
             h = layer.cached(h, table, step)
         slots = cache.block_table[0, :3].long()
@@ -268,6 +278,29 @@ def test_projecting_in_one_launch_changes_nothing(monkeypatch, fp8_sources, inte
 def test_no_fused_projection_where_there_is_no_kernel():
     assert not projects_in_one_launch(torch.zeros(1, 64))
     assert not projects_in_one_launch(torch.zeros(1, 64, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_residual_sums_are_part_of_the_products(layer):
+    """Two products a layer add to x itself, and nothing is added outside of them."""
+
+    class Ops(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.overloadpacket._qualified_op_name.partition("::")[2])
+            if names[-1] == "addmm_":
+                targets.append(args[0].data_ptr())
+            return func(*args, **(kwargs or {}))
+
+    made, table, x = TwoLayers(), rope_table(D, 64), torch.randn(1, 32)
+    plan = tiny.CrossLayerPlan("own", (LayerPlan((0,), (0,)), LayerPlan((1,), (1,)), PLAN))
+    cache = PagedKVCache(tiny.config(plan, num_layers=3, num_kv_heads=HKV, head_dim=D), 4, page_size=4)
+    for each in made.layers:
+        each.bind(cache, table)
+    step, names, targets = cache.decode_step(torch.tensor(cache.add([1]))), [], []
+    with torch.no_grad(), Ops():
+        out = made.layers[layer].cached(x, table, step)
+    assert out is x and targets == [x.data_ptr()] * 2
+    assert names.count("mm") == 2 and names.count("swiglu") == 1 and "add" not in names
 
 
 @pytest.mark.cuda
@@ -306,14 +339,14 @@ def test_modules_alone_learn_and_agree_with_the_cache(device, interleaved, kv_he
         exact, made = Rounded(exact, fp8_sources), Rounded(made, fp8_sources)
     layers = made.layers if fp8_sources == "none" else made.model.layers
     with torch.no_grad():
-        h = x[0, :9]
+        h = x[0, :9].clone()
         step = cache.prefill_chunk(rows, [9])
         for layer in layers:
             h = layer.cached(h, table, step)
         cache.advance(rows, [9])
         outputs = [h]
         for t in (9, 10):
-            h = x[0, t : t + 1]
+            h = x[0, t : t + 1].clone()
             step = cache.decode_step(torch.tensor(rows, device=device))
             for layer in layers:
                 h = layer.cached(h, table, step)
@@ -416,7 +449,7 @@ def test_layers_are_bound_from_the_lowest_up():
     def run():
         rows = cache.add([4])
         step = cache.prefill_chunk(rows, [4])
-        h = x
+        h = x.clone()
         try:
             for layer in model.layers:
                 h = layer.cached(h, table, step)

@@ -308,14 +308,13 @@ __device__ __forceinline__ void team_barrier() {
   if constexpr (S::kTeamWarps == 1) {
     __syncwarp();
   } else {
-    // Constant numbers: with a variable one the kernel would claim all 16 barriers.
     const int team = threadIdx.x / 32 / S::kTeamWarps;
     static_assert(S::kTeams == 2 || S::kTeams == 4);
-    constexpr int threads = 32 * S::kTeamWarps;
-    if (team == 0) asm volatile("bar.sync 1, %0;" ::"n"(threads) : "memory");
-    if (team == 1) asm volatile("bar.sync 2, %0;" ::"n"(threads) : "memory");
-    if (S::kTeams > 2 && team == 2) asm volatile("bar.sync 3, %0;" ::"n"(threads) : "memory");
-    if (S::kTeams > 2 && team == 3) asm volatile("bar.sync 4, %0;" ::"n"(threads) : "memory");
+    constexpr int kThreads = 32 * S::kTeamWarps;
+    if (team == 0) named_barrier_wait<1, kThreads>();
+    if (team == 1) named_barrier_wait<2, kThreads>();
+    if (S::kTeams > 2 && team == 2) named_barrier_wait<3, kThreads>();
+    if (S::kTeams > 2 && team == 3) named_barrier_wait<4, kThreads>();
   }
 }
 

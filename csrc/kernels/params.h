@@ -132,6 +132,15 @@ struct FuseKvBackwardParams {
   void* workspace;  // fuse_kv_backward_workspace_bytes(params) bytes
 };
 
+struct SwigluParams {
+  DType dtype;
+  int64_t rows;
+  int size;             // I, a multiple of 8
+  const void* gate_up;  // [rows, 2 * I]: gate, then up
+  int64_t row_stride;
+  void* out;  // [rows, I] contiguous
+};
+
 // The work split of fused_attention, see schedule.cuh: int32
 // [B + 1 cumulative counts of 64-token blocks | B * Hkv * ceil(G * Q / 64) merge counters, all zero].
 struct AttentionScheduleParams {

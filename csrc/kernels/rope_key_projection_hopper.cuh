@@ -143,7 +143,7 @@ struct HopperProjection {
     RingPlace<Tile::kStages> at;
     for (int number = 0; number < turns; ++number) {
       const HopperTurn turn(tiles, number);
-      if (kHopperLead > 0 && number == 0 && warpgroup == 1) named_barrier_wait(kLeadBarrier, 256);
+      if (kHopperLead > 0 && number == 0 && warpgroup == 1) named_barrier_wait<kLeadBarrier, 256>();
       float acc[Tile::kAccumulators];
       int last = 0;
       for (int k = 0; k < k_tiles; ++k, at.next()) {
@@ -158,7 +158,7 @@ struct HopperProjection {
         }
         wgmma_commit();
         if (kHopperLead > 0 && number == 0 && warpgroup == 0 && k == lead - 1) {
-          named_barrier_arrive(kLeadBarrier, 256);
+          named_barrier_arrive<kLeadBarrier, 256>();
         }
         wgmma_wait<1>();  // of the stage before: the tensor cores always have the next one's work
         if (k > 0) tell_cluster(empty + last * 8);

@@ -46,6 +46,8 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor, at::Ten
     const at::Tensor& grad_k, const at::Tensor& grad_v, at::TensorList k_sources, at::TensorList v_sources,
     const at::Tensor& key_weights, const at::Tensor& value_weights);
 
+at::Tensor swiglu(const at::Tensor& gate_up);
+
 at::Tensor attention_schedule(const at::Tensor& seq_lens, int64_t max_seq_len, int64_t num_query_tokens,
                               int64_t num_query_heads, int64_t num_kv_heads, int64_t window);
 

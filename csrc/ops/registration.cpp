@@ -12,6 +12,7 @@ TORCH_LIBRARY_IMPL(fusedkv, CUDA, m) {
   m.impl("rope_norm_backward", &fusedkv::ops::rope_norm_backward);
   m.impl("fuse_kv", &fusedkv::ops::fuse_kv);
   m.impl("fuse_kv_backward", &fusedkv::ops::fuse_kv_backward);
+  m.impl("swiglu", &fusedkv::ops::swiglu);
   m.impl("attention_schedule", &fusedkv::ops::attention_schedule);
   m.impl("fused_attention", &fusedkv::ops::fused_attention);
 }

@@ -80,16 +80,6 @@ struct RingPlace {
   }
 };
 
-// -------------------------------------------------------------------------------------------- warpgroups
-
-// Named barriers 1 to 15, for `threads` threads in all; 0 is that of __syncthreads().
-__device__ __forceinline__ void named_barrier_arrive(int barrier, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void named_barrier_wait(int barrier, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
 // ------------------------------------------------------------------------------------------ bulk copies
 
 // True in one thread of a whole warp. The compiler knows that it is one, and issues copies without a loop

@@ -34,6 +34,19 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// Meets whole warps of the CTA, `threads` threads in all. Barrier 0 is that of __syncthreads(). The numbers
+// are constants, because for a variable one a kernel claims all 16 barriers.
+template <int barrier, int threads>
+__device__ __forceinline__ void named_barrier_wait() {
+  asm volatile("bar.sync %0, %1;" ::"n"(barrier), "n"(threads) : "memory");
+}
+
+// Counts as a thread at the barrier, and goes on.
+template <int barrier, int threads>
+__device__ __forceinline__ void named_barrier_arrive() {
+  asm volatile("bar.arrive %0, %1;" ::"n"(barrier), "n"(threads) : "memory");
+}
+
 // Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t smem) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"

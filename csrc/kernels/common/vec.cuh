@@ -61,6 +61,13 @@ __device__ __forceinline__ float2 unpack2<bf16>(uint32_t bits) {  // a bf16 is t
 template <class T>
 using Bits8 = std::conditional_t<sizeof(T) == 2, uint4, uint2>;
 
+// Approximate: an exact division is ten instructions for bits that rounding drops.
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Eight elements, computed with in float.
 struct Vec8 {
   float x[8];
@@ -91,11 +98,7 @@ struct Vec8 {
 
   __device__ __forceinline__ void divide_by(const Vec8& other) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      float reciprocal;  // approximate: an exact division is ten instructions for bits that rounding drops
-      asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(other.x[i]));
-      x[i] *= reciprocal;
-    }
+    for (int i = 0; i < 8; ++i) x[i] *= reciprocal(other.x[i]);
   }
 
   template <class T>
