@@ -403,6 +403,9 @@ bool verify_all(const std::optional<Path>& only) {
       passed &= verify_options({tokens, hidden, 2, 1, d}, only);
     }
     passed &= verify<bf16, bf16>({600, 8, 3, 0, d}, only);
+    // Longer than the rings of a cluster of eight together.
+    passed &= verify<bf16, bf16>({7, 7112, 1, 1, d}, only);
+    passed &= verify<bf16, bf16>({50, 7112, 1, 1, d}, only);
     // More tiles of every size than the GPU has SMs, so that CTAs walk from tile to tile at every place of
     // the ring; the last two shapes make three rounds, of tiles that are shorter and longer than what the
     // ring's first stage waits for.
