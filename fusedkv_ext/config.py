@@ -11,7 +11,7 @@ from typing import Any
 from fusedkv_ext.checks import expect
 from fusedkv_ext.plan import PLAN_NAMES, CrossLayerPlan
 
-FUSION_INITS = ("standard", "equivalent", "lite")
+FUSION_INITS = ("standard", "equivalent", "lite", "uniform")
 ROPE_SCALING_OPTIONS = {  # rope_type: (required options, optional options)
     "linear": ({"factor"}, set()),
     "llama3": (
@@ -71,8 +71,8 @@ class FusedKVConfig:
         sliding_window: tokens that a storage layer's own attention sees, its own included; None for all.
             Reconstruction layers always see all.
         plan: a CrossLayerPlan, or the name of one for its default form.
-        fusion_init: how fusion weights start: "lite" (K_n and V_1), "standard" (N(0, 1)) or "equivalent" (the
-            unrolled iterative form).
+        fusion_init: how fusion weights start: "lite" (K_n and V_1), "standard" (N(0, 1)), "equivalent" (the
+            unrolled iterative form) or "uniform" (the mean of the sources).
 
     Raises:
         ValueError: a field out of range; the message names it.

@@ -42,7 +42,7 @@ END = "<|end|>"  # between documents, in a tokenizer trained here
 END_TOKENS = (END, "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "</s>", "<eos>", "[SEP]")
 VOCAB_SIZE = 32768
 TOKENIZER_CHARACTERS = 200_000_000  # a tokenizer is trained on the first so many
-BATCH_CHARACTERS = 1 << 22  # encoded at a time
+BATCH_CHARACTERS = 1 << 24  # encoded at a time; many, so that one long document keeps no core waiting
 Document = tuple[str, str]  # a name, by which it falls to one side of the split, and the text
 
 
@@ -317,12 +317,13 @@ class _Writer:
         ids = ids if self.most is None else ids[: self.most - self.num_tokens]
         if not ids:
             return 0
-        data = np.asarray(ids, DTYPES[self.dtype]).tobytes()
+        numbers = np.asarray(ids, DTYPES[self.dtype])
+        data = numbers.tobytes()
         self.file.write(data)
         self.hash.update(data)
         self.num_tokens += len(ids)
         self.num_documents += 1
-        self.max_token = max(self.max_token, *ids)
+        self.max_token = max(self.max_token, int(numbers.max()))
         return len(ids)
 
     def close(self) -> Header:

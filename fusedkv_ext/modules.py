@@ -235,8 +235,9 @@ class FusionWeights(Float32Module):
 def initialise_fusion(layers: Sequence[FusionWeights], kind: str) -> None:
     """Set the fusion weights of all reconstruction layers, lowest first, in place.
 
-    "lite": a_n = 1, b_1 = 1 and 0 elsewhere. "standard": every weight ~ N(0, 1). "equivalent": draw a' and
-    b' ~ N(0, 1) for the iterative form
+    "lite": a_n = 1, b_1 = 1 and 0 elsewhere. "standard": every weight ~ N(0, 1). "uniform": 1 / number of
+    sources, which prefers none, as a probe of them should. "equivalent": draw a' and b' ~ N(0, 1) for the
+    iterative form
 
         K_i = a'_{i,i-1} K_{i-1} + a'_{i,n} K_n        V_i = b'_{i,i-1} V_{i-1} + b'_{i,1} V_1
 
@@ -257,6 +258,8 @@ def initialise_fusion(layers: Sequence[FusionWeights], kind: str) -> None:
                 parameter[extra] = 1.0
             elif kind == "standard":
                 parameter.normal_()
+            elif kind == "uniform":
+                parameter.fill_(1 / len(parameter))
             else:
                 if previous is None:
                     previous = torch.zeros_like(parameter)

@@ -2,7 +2,7 @@
 
 A run directory is what `train` writes; of its files these are read here: config.yaml, metrics.csv (a row a
 logged step), validation.csv, projections.csv and model/. The figures of fusion weights also take a model
-directory as it is.
+directory as it is, where fusion.safetensors, the fusion weights alone, does for the whole model.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from fusedkv_ext.checks import expect
 from fusedkv_ext.config import FusedKVConfig
-from fusedkv_ext.model import CONFIG_NAME, WEIGHTS_NAME, FusedKVForCausalLM
-from fusedkv_ext.modules import ReconstructionAttention
+from fusedkv_ext.model import CONFIG_NAME, WEIGHTS_NAME
+from fusedkv_ext.modules import FusionWeights
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CONFIG, MODEL = "config.yaml", "model"
+CONFIG, MODEL, FUSION = "config.yaml", "model", "fusion.safetensors"
 METRICS, VALIDATION, PROJECTIONS = "metrics.csv", "validation.csv", "projections.csv"
 LAYER_NORM = "grad_norm/layer_"  # the columns of metrics.csv with the gradient norm of one layer
 # They can be told apart in the common kinds of colour blindness.
@@ -95,39 +97,59 @@ class Run:
             raise ValueError(f"plot: {path}: expected numbers, got {error}") from error
 
     @cached_property
-    def model(self) -> FusedKVForCausalLM:
-        """The last checkpoint's model of a run, or that of a model directory."""
+    def fusion(self) -> tuple[FusedKVConfig, dict[str, Tensor]]:
+        """The config and the fusion weights by name, of a run's last checkpoint or of a model directory.
+
+        Raises:
+            ValueError: the directory is neither, or the file of weights cannot be read.
+        """
         path = self.path / MODEL if (self.path / MODEL / CONFIG_NAME).is_file() else self.path
+        files = [path / name for name in (WEIGHTS_NAME, FUSION) if (path / name).is_file()]
         wanted = f"a run or model directory with {CONFIG_NAME} and {WEIGHTS_NAME}"
-        whole = (path / CONFIG_NAME).is_file() and (path / WEIGHTS_NAME).is_file()
-        expect(whole, "plot", "RUN", wanted, self.path)
-        return FusedKVForCausalLM.from_pretrained(path)
+        expect((path / CONFIG_NAME).is_file() and len(files) > 0, "plot", "RUN", wanted, self.path)
+        try:
+            with safe_open(files[0], framework="pt") as file:
+                names = [name for name in file.keys() if ".fusion." in name]  # noqa: SIM118
+                return FusedKVConfig.load(path / CONFIG_NAME), {x: file.get_tensor(x) for x in names}
+        except SafetensorError as error:
+            raise ValueError(f"plot: {files[0]}: expected a safetensors file, got {error}") from error
 
 
 def _number(field: str | None) -> int | float:
     return int(field) if field and field.isdecimal() else float(field or "nan")
 
 
-def fusion_weights(run: Run) -> tuple[FusedKVConfig, list[tuple[int, str, int, torch.Tensor]]]:
+def fusion_weights(run: Run) -> tuple[FusedKVConfig, list[tuple[int, str, int, Tensor]]]:
     """The config and (layer, side, source, weights [Hkv, D]) of every learned weight of a model.
 
     Raises:
-        ValueError: a plan that learns none.
+        ValueError: a plan that learns none, or weights that are not those of the plan.
     """
-    model, found = run.model, []
-    for i, layer in enumerate(model.model.layers):
-        attention = layer.attention
-        if not isinstance(attention, ReconstructionAttention):
+    (config, tensors), found = run.fusion, []
+    for i, plan in enumerate(config.plan.layers):
+        if i in config.plan.storage_layers:
             continue
-        plan = attention.plan
-        mixes = [None if weights is None else weights.detach() for weights in attention.fusion()]
-        both = zip(("key", "value"), (plan.key_sources, plan.value_sources), mixes, strict=True)
-        for side, sources, weights in both:
+        sources = (plan.key_sources, plan.value_sources)
+        module = FusionWeights(
+            *map(len, sources),
+            config.num_kv_heads,
+            config.head_dim,
+            plan.key_weights,
+            plan.value_weights,
+            config.rope_interleaved,
+        )
+        prefix = f"model.layers.{i}.attention.fusion."
+        mine = {name: x for name, x in tensors.items() if name.startswith(prefix)}
+        wanted = {prefix + name: list(x.shape) for name, x in module.state_dict().items()}
+        got = {name: list(x.shape) for name, x in mine.items()}
+        expect(got == wanted, "plot", f"{run.path}: fusion weights of layer {i}", f"{wanted}", got)
+        module.load_state_dict({name.removeprefix(prefix): x for name, x in mine.items()})
+        for side, numbers, weights in zip(("key", "value"), sources, module(), strict=True):
             if weights is not None:
-                found += [(i, side, s, w) for s, w in zip(sources, weights, strict=True)]
-    name = model.config.plan.name
-    expect(len(found) > 0, "plot", "RUN", "a plan with learned weights", f"{name} in {run.path}")
-    return model.config, found
+                found += [(i, side, s, w.detach()) for s, w in zip(numbers, weights, strict=True)]
+    wanted = "a plan with learned weights"
+    expect(len(found) > 0, "plot", "RUN", wanted, f"{config.plan.name} in {run.path}")
+    return config, found
 
 
 def last(run: Run, name: str) -> dict[str, float]:

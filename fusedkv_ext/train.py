@@ -353,6 +353,12 @@ def processes_of(device: str | None) -> Iterator[tuple[Processes, torch.device]]
         dist.destroy_process_group()
 
 
+def _checkpointed(forward: Callable[..., Any], *arguments: Any) -> Any:
+    """Activation checkpointing in a frame of ours: torch.compile does not enter `checkpoint` by itself."""
+    # Nothing in a layer draws random numbers.
+    return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
 def _shard(model: FusedKVForCausalLM, device: torch.device, world: int) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -466,20 +472,19 @@ class Trainer:
         model.recompute_fusion(config.recompute_fusion)
         for layer in model.model.layers:
             if config.activation_checkpointing:
-                # Nothing in a layer draws random numbers.
-                layer.forward = functools.partial(
-                    checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
-                )
-            if compiled and several:
-                layer.compile()  # each alone: sharding gathers and frees weights between them
+                layer.forward = functools.partial(_checkpointed, layer.forward)
+            if compiled:
+                # Each alone: layers of a kind share what was compiled, which takes a part of the time that
+                # the whole model would, and sharding gathers and frees weights between them.
+                layer.compile(dynamic=False)
         if compiled:
-            # Layers differ in the layers that they read.
+            # Without it the logits would pass through memory several times, in float32.
+            model.loss = torch.compile(model.loss, dynamic=False)
+            # Layers differ in the layers that they read, and training from validation.
             limit = torch._dynamo.config.recompile_limit
             torch._dynamo.config.recompile_limit = max(limit, 2 * self.model_config.num_layers)
         if several:
             _shard(model, self.device, self.processes.world)
-        elif compiled:
-            model.compile()
         return model
 
     def _extra(self) -> dict[str, Tensor]:
@@ -637,6 +642,8 @@ class Trainer:
             ValueError: an id beyond the vocabulary in a batch.
         """
         config = self.config
+        if self.device.type == "cuda":  # what this process did before is no part of the run's peak
+            torch.cuda.reset_peak_memory_stats(self.device)
         first = self.processes.rank == 0
         bar = tqdm(
             total=config.steps,

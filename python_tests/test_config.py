@@ -55,7 +55,10 @@ def test_json_round_trip(plan, tmp_path):
         ({"plan": "fusekv"}, "plan: name: expected vanilla or .*got 'fusekv'"),
         ({"plan": 3}, "plan: expected a CrossLayerPlan or vanilla"),
         ({"plan": CrossLayerPlan.vanilla(5)}, "plan: expected one of 6 layers, got 5"),
-        ({"fusion_init": "zeros"}, "fusion_init: expected standard or equivalent or lite, got 'zeros'"),
+        (
+            {"fusion_init": "zeros"},
+            "fusion_init: expected standard or equivalent or lite or uniform, got 'zeros'",
+        ),
         ({"plan": "dense_fusion", "fusion_init": "equivalent"}, r"fusion_init: .*layers \(0, 2\).*layer 3"),
         (
             {

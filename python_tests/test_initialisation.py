@@ -70,3 +70,10 @@ def test_equivalent_unrolls_the_iterative_form():
         assert abs(key[1].var() / (1 + j) - 1) < 0.3
         assert abs(value[0].var() / j - 1) < 0.3
         assert abs(value[1].var() - 1) < 0.5  # a product of j draws, with long tails
+
+
+@pytest.mark.parametrize(("plan", "sources"), [("fusedkv", 2), ("dense_fusion", 3)])
+def test_uniform_is_the_mean_of_the_sources(plan, sources):
+    for key, value in zip(*fusions(build(plan=plan, fusion_init="uniform")), strict=True):
+        assert len(key) == len(value) == sources
+        assert (key == torch.tensor(1 / sources)).all() and (value == torch.tensor(1 / sources)).all()

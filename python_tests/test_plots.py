@@ -5,8 +5,9 @@ import csv
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 
-from fusedkv_ext import CrossLayerPlan, cli, plots
+from fusedkv_ext import CrossLayerPlan, FusedKVForCausalLM, cli, plots
 
 pytest.importorskip("matplotlib", reason="plot needs it")
 yaml = pytest.importorskip("yaml", reason="plot needs it")
@@ -122,7 +123,7 @@ def test_dense_fusion(tmp_path, plan):
     run = make_run(tmp_path / "run", plan=plan)
     png, table = plots.plot("dense-fusion", [run], tmp_path)
     assert_image(png)
-    model = plots.Run(run, "run").model
+    model = FusedKVForCausalLM.from_pretrained(run / "model")
     expected = {}
     for i in range(3, tiny.LAYERS):
         attention = model.model.layers[i].attention
@@ -151,6 +152,28 @@ def test_fusion_takes_a_model_directory(tmp_path, plan):
         assert got["4", side, str(sources[-1]), "1", "13"] == weights[-1, 1, 13].item()
     if plan == "fusedkv":
         assert got["4", "key", "0", "1", "13"] == got["4", "key", "0", "1", "5"], "a RoPE pair shares one"
+
+
+def test_fusion_weights_alone_do_for_the_model(tmp_path):
+    """As bench/train_plans.py keeps them of a run whose model is too large to keep."""
+    model = tiny.model("fusedkv", torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    _, expected = plots.plot("fusion", [tmp_path / "model"], tmp_path / "whole")
+    weights = load_file(tmp_path / "model/model.safetensors")
+    (tmp_path / "model/model.safetensors").unlink()
+    few = {name: x for name, x in weights.items() if ".fusion." in name}
+    save_file(few, tmp_path / "model/fusion.safetensors")
+    _, table = plots.plot("fusion", [tmp_path / "model"], tmp_path / "few")
+    assert table.read_bytes() == expected.read_bytes()
+
+    (name, x), *_ = sorted(few.items())
+    save_file({**few, name: x[:1].contiguous()}, tmp_path / "model/fusion.safetensors")
+    with pytest.raises(ValueError, match=rf"fusion weights of layer 3: expected .*{name}.*, got "):
+        plots.plot("fusion", [tmp_path / "model"], tmp_path / "out")
+    (tmp_path / "model/fusion.safetensors").write_bytes(b"short")
+    with pytest.raises(ValueError, match=r"fusion\.safetensors: expected a safetensors file, got "):
+        plots.plot("fusion", [tmp_path / "model"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_runs_of_one_name_keep_apart(tmp_path):

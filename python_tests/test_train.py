@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("yaml")
@@ -206,6 +207,21 @@ def test_what_the_backward_pass_repeats_is_arithmetic_alone(write_config, tmp_pa
     assert_same_state(tmp_path / "run/checkpoints/step-6", tmp_path / "again/checkpoints/step-6")
     ours = {name for name in watch.names if name.startswith("fusedkv.")}
     assert ours and all(name.startswith(("fusedkv.fuse_kv", "fusedkv.rope_norm")) for name in ours)
+
+
+@pytest.mark.parametrize("option", ["activation_checkpointing", "recompute_fusion"])
+def test_layers_of_a_kind_share_what_is_compiled(write_config, tmp_path, monkeypatch, option):
+    counter, compile = CompileCounter(), torch.compile  # it runs what it is given as it is
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend=counter, **options))
+    torch.compiler.reset()
+    go(write_config(), "compile=true", "steps=2", f"{option}=true")
+    monkeypatch.undo()
+    # A storage layer, a reconstruction layer and the loss, each for training and for validation.
+    assert counter.frame_count == 6
+    go(write_config(run="eager"), "compile=false", "steps=2")
+    columns = ("loss", "grad_norm")
+    for run, other in zip(*(table(tmp_path / x, "metrics.csv") for x in ("run", "eager")), strict=True):
+        assert [float(run[x]) for x in columns] == pytest.approx([float(other[x]) for x in columns], rel=1e-4)
 
 
 @pytest.mark.cuda
