@@ -25,10 +25,10 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*kernel)
 
 template <class... Params, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
-  unsigned cluster = 1;
+  dim3 cluster(1);
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     if (config->attrs[i].id == cudaLaunchAttributeClusterDimension)
-      cluster = config->attrs[i].val.clusterDim.x;
+      cluster = dim3(config->attrs[i].val.clusterDim.x, config->attrs[i].val.clusterDim.y);
   }
   return emulator::run({reinterpret_cast<const void*>(kernel), config->gridDim, config->blockDim,
                         config->dynamicSmemBytes, cluster},

@@ -138,20 +138,23 @@ class Scheduler {
   void run(const Launch& launch, uint3 first, const std::function<void()>& work) {
     cluster_ = {};
     cluster_.grid = launch.grid, cluster_.block = launch.block;
-    cluster_.ctas.resize(launch.cluster);
+    const unsigned ctas = launch.cluster.x * launch.cluster.y;
+    cluster_.ctas.resize(ctas);
     const int threads = launch.block.x * launch.block.y * launch.block.z;
     const int warps = (threads + 31) / 32;
-    cluster_.alive = threads * static_cast<int>(launch.cluster);
-    warps_.assign(warps * launch.cluster, {});
-    while (fibers_.size() < launch.cluster * threads) fibers_.push_back(make_fiber());
-    while (shared_.size() < launch.cluster) {
+    cluster_.alive = threads * static_cast<int>(ctas);
+    warps_.assign(warps * ctas, {});
+    while (fibers_.size() < ctas * threads) fibers_.push_back(make_fiber());
+    while (shared_.size() < ctas) {
       size_t mapped;
-      shared_.push_back(guarded(kSharedBytesAtMost, mapped));
+      shared_.push_back(guarded(kSharedBytesAtMost + kSharedGapsAtMost, mapped));
     }
-    for (unsigned rank = 0; rank < launch.cluster; ++rank) {
+    for (unsigned rank = 0; rank < ctas; ++rank) {
       Cta& cta = cluster_.ctas[rank];
-      cta.cluster = &cluster_, cta.index = {first.x + rank, first.y, first.z}, cta.alive = threads;
+      const unsigned x = rank % launch.cluster.x, y = rank / launch.cluster.x;
+      cta.cluster = &cluster_, cta.index = {first.x + x, first.y + y, first.z}, cta.alive = threads;
       cta.shared = shared_[rank];
+      cta.declared_bytes = launch.shared_bytes;
       cta.shared_bytes = kDynamicOffset + (launch.shared_bytes + 255) / 256 * 256;
       std::memset(cta.shared, 0xff, cta.shared_bytes);
       for (int i = 0; i < threads; ++i) {
@@ -357,7 +360,8 @@ char* static_shared(const void* key, size_t bytes) {
   }
   const size_t offset = cta.shared_bytes;
   cta.shared_bytes += (bytes + 255) / 256 * 256;
-  if (cta.shared_bytes > kSharedBytesAtMost) fail("%zu bytes of shared memory", cta.shared_bytes);
+  cta.declared_bytes += bytes;
+  if (cta.declared_bytes > kSharedBytesAtMost) fail("%zu bytes of shared memory", cta.declared_bytes);
   std::memset(cta.shared + offset, 0xff, bytes);
   cta.variables.emplace_back(key, offset);
   return cta.shared + offset;
@@ -371,8 +375,10 @@ cudaError_t run(const Launch& launch, const std::function<void()>& work) {
   const size_t threads = size_t{launch.block.x} * launch.block.y * launch.block.z;
   const size_t ctas = size_t{launch.grid.x} * launch.grid.y * launch.grid.z;
   if (threads == 0 || threads > 1024 || ctas == 0) fail("a launch of %zu CTAs of %zu threads", ctas, threads);
-  if (launch.cluster == 0 || launch.cluster > 8 || launch.grid.x % launch.cluster) {
-    fail("clusters of %u in a grid of %u", launch.cluster, launch.grid.x);
+  const unsigned cluster = launch.cluster.x * launch.cluster.y;
+  if (cluster == 0 || cluster > 8 || launch.grid.x % launch.cluster.x || launch.grid.y % launch.cluster.y) {
+    fail("clusters of %u x %u in a grid of %u x %u", launch.cluster.x, launch.cluster.y, launch.grid.x,
+         launch.grid.y);
   }
   const auto limit = shared_limits.find(launch.kernel);
   const size_t most = launch.kernel == nullptr       ? kSharedBytesAtMost
@@ -381,15 +387,16 @@ cudaError_t run(const Launch& launch, const std::function<void()>& work) {
   if (launch.shared_bytes > most)
     fail("%zu bytes of shared memory, %zu are allowed", launch.shared_bytes, most);
 
-  const size_t clusters = ctas / launch.cluster, in_row = launch.grid.x / launch.cluster;
+  const size_t clusters = ctas / cluster;
+  const size_t in_row = launch.grid.x / launch.cluster.x, rows = launch.grid.y / launch.cluster.y;
   static Scheduler scheduler;
   generator.state = uint64_t(kSeed) << 32 | launches;
   std::vector<size_t> order(clusters);
   std::iota(order.begin(), order.end(), 0);
   std::shuffle(order.begin(), order.end(), generator);
   for (const size_t i : order) {
-    const uint3 first = {unsigned(i % in_row * launch.cluster), unsigned(i / in_row % launch.grid.y),
-                         unsigned(i / in_row / launch.grid.y)};
+    const uint3 first = {unsigned(i % in_row * launch.cluster.x),
+                         unsigned(i / in_row % rows * launch.cluster.y), unsigned(i / in_row / rows)};
     scheduler.run(launch, first, work);
   }
   return cudaSuccess;

@@ -31,8 +31,9 @@ struct Cluster;
 struct Warp;
 
 constexpr size_t kSharedBytesAtMost = 227 * 1024;  // of a CTA, as on sm_90
-constexpr size_t kDynamicOffset = 256;             // nobody may rely on more alignment than this
-constexpr int kRankShift = 24;                     // a shared address of another CTA: rank + 1 above its own
+constexpr size_t kSharedGapsAtMost = 4096;
+constexpr size_t kDynamicOffset = 256;  // nobody may rely on more alignment than this
+constexpr int kRankShift = 24;          // a shared address of another CTA: rank + 1 above its own
 
 struct Barrier {
   int arrived = 0;
@@ -44,7 +45,7 @@ struct Cta {
   uint3 index{};
   int alive = 0;  // threads that have not returned
   char* shared = nullptr;
-  size_t shared_bytes = 0;
+  size_t declared_bytes = 0, shared_bytes = 0;  // the latter with the gaps for alignment
   Barrier barriers[16];
   std::vector<std::pair<const void*, size_t>> variables;  // static shared ones, and where they are
 };
@@ -127,7 +128,7 @@ struct Launch {
   const void* kernel;  // null where its limit of shared memory is not checked
   dim3 grid, block;
   size_t shared_bytes;
-  unsigned cluster;  // CTAs in x
+  dim3 cluster;  // CTAs in x and y
 };
 
 cudaError_t run(const Launch& launch, const std::function<void()>& thread);
@@ -136,7 +137,7 @@ cudaError_t run(const Launch& launch, const std::function<void()>& thread);
 template <class Kernel>
 auto launch(Kernel kernel, dim3 grid, dim3 block, size_t shared_bytes = 0, cudaStream_t = nullptr) {
   return [=](auto&&... arguments) {
-    run({nullptr, grid, block, shared_bytes, 1}, [&] { kernel(arguments...); });
+    run({nullptr, grid, block, shared_bytes, dim3(1)}, [&] { kernel(arguments...); });
   };
 }
 
