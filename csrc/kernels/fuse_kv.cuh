@@ -5,6 +5,7 @@
 // are loaded once.
 #pragma once
 
+#include "common/device.h"
 #include "common/rows.h"
 #include "common/vec.cuh"
 #include "dispatch.h"
@@ -37,9 +38,8 @@ auto dispatch_sources(int k_sources, int v_sources, F&& f) {
 // One range of rows for every CTA that the device holds at once.
 inline RowSplit split_fuse_rows(int64_t rows, const RowTiling& tiling, int rows_per_thread,
                                 int blocks_per_sm) {
-  int device = 0, sms = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  int sms = 1;
+  count_sms(sms);  // the launch that follows reports what is wrong with the device
   return split_rows(rows, int64_t(tiling.threads.y) * rows_per_thread,
                     sms * blocks_per_sm / (2 * tiling.column_blocks));
 }

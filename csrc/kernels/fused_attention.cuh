@@ -14,6 +14,7 @@
 #include <bit>
 
 #include "attention_state.cuh"
+#include "common/device.h"
 #include "common/overlap.cuh"
 
 namespace fusedkv {
@@ -142,13 +143,9 @@ struct AttentionLaunch {
 // One CTA an SM, with as many stages as its shared memory holds.
 template <class S>
 cudaError_t plan_attention_launch(AttentionLaunch& launch) {
-  int device, per_block;
-  cudaError_t error = cudaGetDevice(&device);
-  const auto read = [&](int& value, cudaDeviceAttr attribute) {
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, device);
-  };
-  read(launch.multiprocessors, cudaDevAttrMultiProcessorCount);
-  read(per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  int per_block;
+  cudaError_t error = count_sms(launch.multiprocessors);
+  if (error == cudaSuccess) error = device_attribute(per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   if (error != cudaSuccess) return error;
   launch.stages = min(kMaxStages, (per_block - int(sizeof(AttentionControl<S>))) / S::kStageBytes);
   if (launch.stages < 1) return cudaErrorInvalidConfiguration;

@@ -11,6 +11,7 @@
 #include <algorithm>
 
 #include "common/cluster.cuh"
+#include "common/device.h"
 #include "common/hopper.cuh"
 #include "common/overlap.cuh"
 #include "common/rope.cuh"

@@ -42,10 +42,4 @@ cudaError_t encode_tensor_map(CUtensorMap& map, const void* data, const cuuint64
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-inline cudaError_t count_sms(int& sms) {
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  return error != cudaSuccess ? error : cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-}
-
 }  // namespace fusedkv
