@@ -13,8 +13,12 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+if int(setuptools.__version__.partition(".")[0]) < 77:  # whose own message is about the licence
+    sys.exit(f"setuptools 77 or later is needed, this is {setuptools.__version__}: pip install -U setuptools")
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = ROOT / "fusedkv_ext"

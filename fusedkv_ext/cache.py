@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedkv_ext import ops
-from fusedkv_ext.checks import FLOATS, HALF, expect
+from fusedkv_ext.checks import FLOATS, HALF, expect, integer
 from fusedkv_ext.config import FusedKVConfig
 from fusedkv_ext.modules import (
     KeysValues,
@@ -89,9 +89,9 @@ class PagedKVCache:
         device: torch.device | str = "cpu",
         fp8_sources: str = "none",
     ):
-        sizes = {"num_pages": num_pages, "page_size": page_size, "max_batch": max_batch}
-        for name, size in sizes.items():
-            self._expect(isinstance(size, int) and size > 0, name, "a positive integer", repr(size))
+        num_pages = integer(num_pages, "PagedKVCache", "num_pages", 1)
+        page_size = integer(page_size, "PagedKVCache", "page_size", 1)
+        max_batch = integer(max_batch, "PagedKVCache", "max_batch", 1)
         kernels = torch.device(device).type == "cuda"
         dtypes = HALF if kernels else FLOATS
         self._expect(dtype in dtypes, "dtype", f"{' or '.join(map(str, dtypes))} on {device}", dtype)

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from fusedkv_ext.checks import expect
+from fusedkv_ext.checks import expect, integer
 from fusedkv_ext.config import FusedKVConfig, read_json
 from fusedkv_ext.model import CONFIG_NAME, WEIGHTS_NAME, FusedKVForCausalLM
 
@@ -194,8 +194,8 @@ def load_model(checkpoint: Path, config: FusedKVConfig) -> FusedKVForCausalLM:
 def check_config(got: FusedKVConfig, wanted: FusedKVConfig, where: str) -> None:
     """Raise ValueError unless two configs describe one model; how the fusion weights began does not count."""
     ours, theirs = wanted.to_dict(), got.to_dict()
-    for name in ours.keys() - {"fusion_init"}:
-        if ours[name] == theirs[name]:
+    for name in ours:
+        if name == "fusion_init" or ours[name] == theirs[name]:
             continue
         mine, other = ours[name], theirs[name]
         if name == "plan":
@@ -212,9 +212,19 @@ def load_state(
     extra: Mapping[str, Tensor],
     processes: Processes,
 ) -> dict[str, Tensor]:
-    """Restore the optimizer in place; return the extra tensors, those that the checkpoint lacks as given."""
+    """Restore the optimizer in place; return the extra tensors, those that the checkpoint lacks as given.
+
+    Raises:
+        FileNotFoundError, ValueError: a state that is not there, damaged, or another model's.
+    """
     path = checkpoint / OPTIMIZER
-    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    wanted = f"train: {path}: expected the optimizer's state of this model, got"
+    try:
+        saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle raises any
+        raise ValueError(f"{wanted} {error!r}") from error
     state = _state(model, optimizer, extra, processes.rank)
     prefix = f"process.{processes.rank}."
     # A run that goes on with more processes, or with a GPU, has states that the checkpoint does not know.
@@ -224,9 +234,8 @@ def load_state(
             warnings.simplefilter("ignore")
             dcp.load(state, checkpoint_id=path, no_dist=processes.world == 1)
     except CheckpointException as error:
-        wanted = "expected the optimizer's state of this model"
         problems = "; ".join(str(x) for x, _ in error.failures.values())
-        raise ValueError(f"train: {path}: {wanted}, got {problems}") from error
+        raise ValueError(f"{wanted} {problems}") from error
     found = {name: state.pop(f"{prefix}{name}", x) for name, x in extra.items()}
     set_optimizer_state_dict(
         model, optimizer, state, options=StateDictOptions(flatten_optimizer_state_dict=True)
@@ -258,4 +267,4 @@ def check_facts(checkpoint: Path, facts: Mapping[str, Any]) -> int:
     for name, value in facts.items():
         same = saved.get(name) == value
         expect(same, "train", f"resume: {name}", f"{saved.get(name)}, as in {checkpoint}", value)
-    return int(saved["step"])
+    return integer(saved.get("step"), "train", f"{checkpoint / FACTS}: step", 1)

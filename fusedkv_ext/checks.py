@@ -14,7 +14,6 @@ from torch import Tensor
 
 HALF = (torch.float16, torch.bfloat16)
 FLOATS = (*HALF, torch.float32, torch.float64)
-CACHE_DTYPES = (*FLOATS, torch.float8_e4m3fn)
 INDEX = (torch.int32, torch.int64)
 BLOCK_TOKENS = 64  # tokens of one work unit of fused_attention
 BLOCK_ROWS = 64  # query rows (heads of a group x query tokens) that one work unit serves

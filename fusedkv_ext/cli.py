@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from fusedkv_ext import convert, data, evaluate, extension, plots, train
 from fusedkv_ext.cache import FP8_SOURCES, PagedKVCache
 from fusedkv_ext.checks import expect
 from fusedkv_ext.data import TOKENIZER_NAME
+from fusedkv_ext.extension import choose_device, why_cpu
 from fusedkv_ext.generation import stream
 from fusedkv_ext.model import CONFIG_NAME, WEIGHTS_NAME, FusedKVForCausalLM
 
@@ -32,17 +32,6 @@ COMMANDS = {  # modules with add_arguments and run
     "plot": plots,
 }
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-def why_cpu() -> str | None:
-    """Why the ops run on their CPU implementations; None when the CUDA kernels can be used."""
-    if extension.load() is None:
-        if torch.version.cuda is None:
-            return "torch is a build without CUDA"
-        if shutil.which("nvcc") is None:
-            return "the kernels are not compiled: no CUDA toolkit (nvcc) on PATH"
-        return f"the kernels are not compiled: {extension.REBUILD} in the clone of fusedkv_ext"
-    return None if torch.cuda.is_available() else "no GPU is visible"
 
 
 def styled(text: str, code: str) -> str:
@@ -85,11 +74,8 @@ class Text:
             expect(
                 (directory / name).is_file(), args.command, "--model", f"a directory with {name}", directory
             )
-        reason = why_cpu()
-        device = args.device or ("cpu" if reason else "cuda")
-        on_cuda = device.split(":")[0] == "cuda"
-        expect(device == "cpu" or on_cuda, args.command, "--device", "cpu, cuda or cuda:N", device)
-        expect(not on_cuda or not reason, args.command, "--device", f"cpu ({reason})", device)
+        device = choose_device(args.device, args.command)
+        on_cuda = device != "cpu"
         dtype = args.dtype or ("bfloat16" if on_cuda else "float32")
 
         self.args = args
@@ -126,6 +112,8 @@ class Text:
             "cache": self.cache,
         }
         decoder = DecodeStream()  # holds back the bytes of a character that is not complete yet
+        for token in self.prompt:  # without it some tokenizers drop the space before the first new word
+            decoder.step(self.tokenizer, token)
         for _, token in stream(self.model, [self.prompt], self.args.max_new_tokens, **options):
             self.tokens.append(token)
             self.times.append(time.perf_counter())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -44,13 +46,28 @@ _HF_NEEDED = (
 
 def read_json(path: str | Path) -> dict[str, Any]:
     """The JSON object in a file; a ValueError that names the path when it holds something else."""
-    text = Path(path).read_text()
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
+        values = json.loads(Path(path).read_text())
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise ValueError(f"{path}: expected JSON, got {error}") from error
-    expect(isinstance(values, dict), "FusedKVConfig", str(path), "a JSON object", type(values).__name__)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
     return values
+
+
+def _positive(value: object) -> bool:
+    """Whether a value is a positive, finite number; True, which Python counts as 1, is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all: until it does, an earlier one stays."""
+    new = path.with_name(f".{path.name}.new")
+    try:
+        new.write_bytes(content)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -108,12 +125,11 @@ class FusedKVConfig:
             "max_position_embeddings",
         ):
             value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+            whole = _positive(value) and isinstance(value, int)
             self._expect(whole, name, "a positive integer", repr(value))
         for name in ("rope_theta", "rms_norm_eps"):
             value = getattr(self, name)
-            positive = isinstance(value, (int, float)) and value > 0
-            self._expect(positive, name, "a positive number", repr(value))
+            self._expect(_positive(value), name, "a positive number", repr(value))
         for name in ("rope_interleaved", "tie_word_embeddings", "qk_norm"):
             self._expect(isinstance(getattr(self, name), bool), name, "a bool", repr(getattr(self, name)))
         self._expect(self.head_dim % 2 == 0, "head_dim", "an even number", self.head_dim)
@@ -121,7 +137,7 @@ class FusedKVConfig:
         multiple = f"a multiple of num_kv_heads {self.num_kv_heads}"
         self._expect(divides, "num_attention_heads", multiple, self.num_attention_heads)
         window = self.sliding_window
-        fits = window is None or (isinstance(window, int) and window > 0)
+        fits = window is None or (_positive(window) and isinstance(window, int))
         self._expect(fits, "sliding_window", "None or a positive integer", repr(window))
         self._check_rope_scaling()
         if isinstance(self.plan, str):
@@ -149,13 +165,8 @@ class FusedKVConfig:
         complete = required <= options <= required | optional
         wanted = f"the options {sorted(required)} (and maybe {sorted(optional)}) for {kind}"
         self._expect(complete, "rope_scaling", wanted, sorted(options))
-        numbers = all(isinstance(self.rope_scaling[name], (int, float)) for name in options)
-        self._expect(
-            numbers and all(self.rope_scaling[name] > 0 for name in options),
-            "rope_scaling",
-            "positive numbers",
-            self.rope_scaling,
-        )
+        numbers = all(_positive(self.rope_scaling[name]) for name in options)
+        self._expect(numbers, "rope_scaling", "positive numbers", self.rope_scaling)
 
     def _check_fusion_init(self) -> None:
         known = self.fusion_init in FUSION_INITS
@@ -166,11 +177,11 @@ class FusedKVConfig:
         for i, layer in enumerate(self.plan.layers):
             weighted = layer.key_weights != "none" or layer.value_weights != "none"
             fits = not weighted or layer.key_sources == layer.value_sources == first_last
-            wanted = f"standard or lite unless layers mix layers {first_last}, as fusedkv does"
+            wanted = f"another start unless layers mix layers {first_last}, as fusedkv does"
             self._expect(fits, "fusion_init", wanted, f"equivalent with layer {i} mixing {layer.sources}")
         for side in ("key", "value"):
             kinds = {getattr(layer, f"{side}_weights") for layer in self.plan.layers} - {"none"}
-            wanted = f"standard or lite unless all {side} weights are of one kind"
+            wanted = f"another start unless all {side} weights are of one kind"
             self._expect(len(kinds) <= 1, "fusion_init", wanted, f"equivalent with {sorted(kinds)}")
 
     @classmethod

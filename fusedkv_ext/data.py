@@ -87,7 +87,7 @@ class TokenFile:
         wanted = f"a token file's header with the fields {sorted(fields)}"
         expect(set(values) == fields, "TokenFile", str(header), wanted, sorted(values))
         self.header = Header(**values)
-        known = self.header.dtype in DTYPES
+        known = isinstance(self.header.dtype, str) and self.header.dtype in DTYPES
         expect(known, "TokenFile", f"{header}: dtype", " or ".join(DTYPES), repr(self.header.dtype))
         dtype, size = DTYPES[self.header.dtype], self.path.stat().st_size
         for name in ("num_tokens", "max_token", "vocab_size"):

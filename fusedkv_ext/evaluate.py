@@ -21,6 +21,7 @@ from tqdm import tqdm
 from fusedkv_ext.cache import FP8_SOURCES, PagedKVCache
 from fusedkv_ext.checks import expect, integer
 from fusedkv_ext.data import TokenFile, spread
+from fusedkv_ext.extension import choose_device
 from fusedkv_ext.model import FusedKVForCausalLM
 
 CACHES = ("none", "prefill", "decode")
@@ -40,7 +41,7 @@ class Bucket:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss)
+        return math.inf if self.loss > 709 else math.exp(self.loss)  # which raises beyond 709.8
 
 
 @dataclass(frozen=True)
@@ -194,13 +195,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """`python -m fusedkv_ext evaluate`."""
-    from fusedkv_ext.cli import why_cpu
-
-    device = args.device or ("cpu" if why_cpu() else "cuda")
-    on_cuda = device.split(":")[0] == "cuda"
-    expect(device == "cpu" or on_cuda, "evaluate", "--device", "cpu, cuda or cuda:N", device)
-    expect(not on_cuda or not why_cpu(), "evaluate", "--device", f"cpu ({why_cpu()})", device)
-    dtype = getattr(torch, args.dtype or ("bfloat16" if on_cuda else "float32"))
+    device = choose_device(args.device, "evaluate")
+    dtype = getattr(torch, args.dtype or ("float32" if device == "cpu" else "bfloat16"))
+    there = args.csv is None or Path(args.csv).parent.is_dir()
+    expect(there, "evaluate", "--csv", "a file in a folder that exists", args.csv)
     data = TokenFile(args.data)
     model = FusedKVForCausalLM.from_pretrained(args.model, device, dtype)
     options = (args.context, args.cache, args.fp8_sources, args.batch, args.max_windows)

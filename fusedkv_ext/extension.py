@@ -1,4 +1,4 @@
-"""Loads the compiled CUDA kernels, when the package was installed with them.
+"""Loads the compiled CUDA kernels, when the package was installed with them, and says where ops can run.
 
 The shared object only fits the torch that it was compiled against, so the build leaves `_build_info.json`
 beside it and `load` compares before it lets the dynamic linker try.
@@ -10,10 +10,14 @@ import functools
 import importlib
 import importlib.util
 import json
+import re
+import shutil
 from pathlib import Path
 from types import ModuleType
 
 import torch
+
+from fusedkv_ext.checks import expect
 
 BUILD_INFO = Path(__file__).parent / "_build_info.json"
 REBUILD = "pip install --no-build-isolation --no-deps --force-reinstall ."
@@ -40,3 +44,33 @@ def load() -> ModuleType | None:
         return None
     check_build(json.loads(BUILD_INFO.read_text()))
     return importlib.import_module("fusedkv_ext._C")
+
+
+def why_cpu() -> str | None:
+    """Why the ops run on their CPU implementations; None when the CUDA kernels can be used."""
+    if load() is None:
+        if torch.version.cuda is None:
+            return "torch is a build without CUDA"
+        if shutil.which("nvcc") is None:
+            return "the kernels are not compiled: no CUDA toolkit (nvcc) on PATH"
+        return f"the kernels are not compiled: {REBUILD} in the clone of fusedkv_ext"
+    return None if torch.cuda.is_available() else "no GPU is visible"
+
+
+def check_device(device: str, op: str, argument: str) -> None:
+    """Raise ValueError unless a text is cpu, cuda or cuda:N."""
+    known = re.fullmatch(r"cpu|cuda(:\d+)?", device) is not None
+    expect(known, op, argument, "cpu, cuda or cuda:N", device)
+
+
+def choose_device(device: str | None, command: str) -> str:
+    """The `--device` of a command, by default cuda where the kernels can run.
+
+    Raises:
+        ValueError: no device of these, or a GPU where the kernels cannot run.
+    """
+    reason = why_cpu()
+    device = device or ("cpu" if reason else "cuda")
+    check_device(device, command, "--device")
+    expect(device == "cpu" or not reason, command, "--device", f"cpu ({reason})", device)
+    return device

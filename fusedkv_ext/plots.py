@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fusedkv_ext.checks import expect
-from fusedkv_ext.config import FusedKVConfig
+from fusedkv_ext.config import FusedKVConfig, write_whole
 from fusedkv_ext.model import CONFIG_NAME, WEIGHTS_NAME
 from fusedkv_ext.modules import FusionWeights
 
@@ -438,19 +437,9 @@ def plot(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     png, table = out / f"{kind}.png", out / f"{kind}.csv"
-    _replace(table, text.getvalue().encode())
-    _replace(png, image.getvalue())
+    write_whole(table, text.getvalue().encode())
+    write_whole(png, image.getvalue())
     return png, table
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all."""
-    new = path.with_name(f".{path.name}.new")
-    try:
-        new.write_bytes(content)
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def _look(i: int) -> dict[str, Any]:

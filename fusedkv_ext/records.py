@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import os
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fusedkv_ext.checks import expect
-from fusedkv_ext.config import FusedKVConfig
+from fusedkv_ext.config import FusedKVConfig, write_whole
 from fusedkv_ext.model import FusedKVForCausalLM
 from fusedkv_ext.modules import ReconstructionAttention, StorageAttention
 
@@ -54,12 +54,11 @@ class Table:
                 expect(same, "train", str(path), f"the columns {self.columns}", reader.fieldnames)
                 # A process that was killed may have left half a row, which has no number for a step.
                 rows = [row for row in reader if row["step"].isdigit() and int(row["step"]) <= last_step]
-        new = path.with_name(f".{path.name}.new")
-        with new.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(new, path)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(path, text.getvalue().encode())
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add rows; None becomes an empty field."""

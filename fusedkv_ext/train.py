@@ -47,8 +47,9 @@ from fusedkv_ext.checkpoint import (
     save,
 )
 from fusedkv_ext.checks import expect
-from fusedkv_ext.config import FusedKVConfig
+from fusedkv_ext.config import FusedKVConfig, write_whole
 from fusedkv_ext.data import TOKENIZER_NAME, Batches, TokenFile, spread
+from fusedkv_ext.extension import check_device
 from fusedkv_ext.model import CONFIG_NAME, FusedKVForCausalLM
 from fusedkv_ext.plan import PLAN_NAMES, CrossLayerPlan
 
@@ -206,7 +207,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     yaml = _yaml()
     try:
         values = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"train: {path}: expected YAML, got {error}") from error
     expect(isinstance(values, dict), "train", str(path), "keys and values", type(values).__name__)
     for override in overrides:
@@ -335,8 +336,7 @@ def processes_of(device: str | None) -> Iterator[tuple[Processes, torch.device]]
     """This process among torchrun's, with its device; alone without torchrun."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    known = kind.split(":")[0] in ("cpu", "cuda")
-    expect(known, "train", "device", "cpu, cuda or cuda:N", kind)
+    check_device(kind, "train", "device")
     there = kind == "cpu" or torch.cuda.is_available()
     expect(there, "train", "device", "cpu, because no GPU is visible", kind)
     if world == 1:
@@ -489,7 +489,11 @@ class Trainer:
 
     def _extra(self) -> dict[str, Tensor]:
         """What else a run needs to go on exactly: RNG states, and the losses not logged yet."""
-        state = {"rng.cpu": torch.get_rng_state(), "loss_sum": self.loss_sum, "loss_steps": self.loss_steps}
+        state = {
+            "rng.cpu": torch.get_rng_state(),
+            "loss_sum": self._mean_loss_sum(),
+            "loss_steps": self.loss_steps,
+        }
         if self.device.type == "cuda":
             state["rng.cuda"] = torch.cuda.get_rng_state(self.device)
         return state
@@ -499,14 +503,21 @@ class Trainer:
         torch.set_rng_state(state["rng.cpu"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["rng.cuda"], self.device)
-        self.loss_sum, self.loss_steps = state["loss_sum"], state["loss_steps"]
+        # Process 0 brings the share of all, so that any number of them can go on.
+        share = self.processes.world if self.processes.rank == 0 else 0
+        self.loss_sum = state["loss_sum"].to(self.device) * share
+        self.loss_steps = state["loss_steps"]
+
+    def _mean_loss_sum(self) -> Tensor:
+        """The mean of the processes' loss_sum, on the CPU; every process must call it."""
+        return self.processes.total(self.loss_sum.cpu()) / self.processes.world
 
     def _open_records(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         remove_unfinished(self.directory)
         layers = self.model_config.num_layers
         self.records = records.Records(self.directory, layers, self.config.tensorboard, self.step)
-        (self.directory / CONFIG_FILE).write_text(resolved(self.config, self.model_config))
+        write_whole(self.directory / CONFIG_FILE, resolved(self.config, self.model_config).encode())
 
     @property
     def tokens(self) -> int:
@@ -565,13 +576,13 @@ class Trainer:
     def validate(self) -> float:
         """Mean loss over windows of the validation file at even distances, the same at every call."""
         config, processes = self.config, self.processes
-        most = config.validation_windows
-        most = None if most is None else max(most, processes.world)
-        numbers = spread(self.validation.num_windows(config.data.context), most)
-        # Every process takes as many, because sharded layers wait for each other.
+        count, most = self.validation.num_windows(config.data.context), config.validation_windows
+        most = count if most is None else min(max(most, processes.world), count)
+        # Every process takes as many, because sharded layers wait for each other, and all batches are of one
+        # size where they can be, because each size is compiled anew.
         even = processes.world * self.micro_batch
-        even = even if len(numbers) >= even else processes.world
-        numbers = numbers[: len(numbers) - len(numbers) % even]
+        even = even if most >= even else processes.world
+        numbers = spread(count, most - most % even)
         mine, total = numbers[processes.rank :: processes.world], torch.zeros((), dtype=torch.float64)
         for start in range(0, len(mine), self.micro_batch):
             part = mine[start : start + self.micro_batch]
@@ -612,7 +623,7 @@ class Trainer:
         """
         self.check_finite()  # which waits for the device
         seconds = time.perf_counter() - started
-        loss = self.processes.total(self.loss_sum.cpu()) / self.processes.world / self.loss_steps
+        loss = self._mean_loss_sum() / self.loss_steps
         rate = steps * self.config.batch * self.config.data.context / seconds
         known = self.peak is not None and self.bf16
         on_cuda = self.device.type == "cuda"

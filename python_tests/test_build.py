@@ -64,6 +64,17 @@ def test_forced_cuda_says_what_is_missing(tmp_path):
     assert "FUSEDKV_FORCE_CUDA=1" in run.stderr and missing in run.stderr
 
 
+def test_an_old_setuptools_says_so(tmp_path):
+    """Without build isolation pip takes the one that is there, and asks for no version."""
+    (tmp_path / "setuptools/command").mkdir(parents=True)
+    (tmp_path / "setuptools/__init__.py").write_text('__version__ = "65.5.0"; Extension = setup = None')
+    (tmp_path / "setuptools/command/build_ext.py").write_text("build_ext = object")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run([sys.executable, "setup.py"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert run.stderr.strip().endswith("77 or later is needed, this is 65.5.0: pip install -U setuptools")
+
+
 def test_kernels_and_bench_programs_include_no_torch():
     files = [*sources("csrc/kernels", "*.*"), *sources("bench", "*.cu"), *sources("bench", "*.h")]
     pattern = re.compile(r'#include *[<"](torch|ATen|c10|pybind11)')

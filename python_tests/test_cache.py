@@ -138,9 +138,10 @@ def test_bad_calls_change_nothing(action, message):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"num_pages": 0}, "num_pages: expected a positive integer, got 0"),
-        ({"page_size": -1}, "page_size: expected a positive integer, got -1"),
-        ({"max_batch": 1.5}, r"max_batch: expected a positive integer, got 1\.5"),
+        ({"num_pages": 0}, "num_pages: expected an integer of at least 1, got 0"),
+        ({"num_pages": True}, "num_pages: expected an integer of at least 1, got True"),
+        ({"page_size": -1}, "page_size: expected an integer of at least 1, got -1"),
+        ({"max_batch": 1.5}, r"max_batch: expected an integer of at least 1, got 1\.5"),
         ({"dtype": torch.int8}, r"dtype: expected .* on cpu, got torch\.int8"),
         ({"dtype": torch.float8_e4m3fn}, r"dtype: expected .* on cpu, got torch\.float8_e4m3fn"),
         ({"fp8_sources": "both"}, "fp8_sources: expected none or copy or only, got 'both'"),

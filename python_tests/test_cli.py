@@ -1,5 +1,6 @@
 """The command line, with a tiny random model."""
 
+import shutil
 import subprocess
 import sys
 
@@ -63,6 +64,20 @@ def test_generate_prints_prompt_and_completion(folder, device, capsys, sampled):
     printed = capsys.readouterr().out.removesuffix("\n")
     text = expected_text(folder, device, max_new_tokens=20, **options)
     assert printed == text.rstrip("\ufffd")  # bytes of a character that never became whole are not printed
+
+
+def test_the_space_before_the_first_new_word_stays(folder, tmp_path, monkeypatch, capsys):
+    """Tokenizers in the manner of SentencePiece mark it in the word, and drop it where a text begins."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=100, show_progress=False)
+    tokenizer.train_from_iterator(["good morning"] * 9, trainer)
+    model = shutil.copytree(folder, tmp_path / "model")
+    tokenizer.save(str(model / "tokenizer.json"))
+    new = tokenizer.encode("morning").ids
+    monkeypatch.setattr(cli, "stream", lambda *args, **options: iter([(0, token) for token in new]))
+    assert run(model, "--prompt", "good") == 0
+    assert capsys.readouterr().out == "good morning\n"
 
 
 def test_demo_prints_measured_cache(folder, device, capsys):

@@ -46,7 +46,10 @@ def test_json_round_trip(plan, tmp_path):
         ({"head_dim": 15}, "head_dim: expected an even number, got 15"),
         ({"rms_norm_eps": -1.0}, "rms_norm_eps: expected a positive number"),
         ({"qk_norm": "yes"}, "qk_norm: expected a bool, got 'yes'"),
+        ({"rope_theta": True}, "rope_theta: expected a positive number, got True"),
+        ({"rope_theta": float("inf")}, "rope_theta: expected a positive number, got inf"),
         ({"sliding_window": 0}, "sliding_window: expected None or a positive integer, got 0"),
+        ({"sliding_window": True}, "sliding_window: expected None or a positive integer, got True"),
         ({"rope_scaling": 2.0}, "rope_scaling: expected None or a dict"),
         ({"rope_scaling": {"rope_type": "magic"}}, "rope_type linear or llama3 or yarn, got 'magic'"),
         ({"rope_scaling": {"rope_type": "linear"}}, r"rope_scaling: expected the options \['factor'\]"),
@@ -89,8 +92,11 @@ def test_bad_files_and_presets(tmp_path):
     path.write_text("{")
     with pytest.raises(ValueError, match="expected JSON, got Expecting"):
         FusedKVConfig.load(path)
+    path.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"config.json: expected JSON, got 'utf-8' codec"):
+        FusedKVConfig.load(path)
     path.write_text("[]")
-    with pytest.raises(ValueError, match="expected a JSON object, got list"):
+    with pytest.raises(ValueError, match=r"config.json: expected a JSON object, got list"):
         FusedKVConfig.load(path)
     path.write_text('{"vocab_size": 5}')
     with pytest.raises(ValueError, match=r"none of \['head_dim', 'hidden_size'"):

@@ -269,6 +269,7 @@ def test_ids_beyond_the_vocabulary(tmp_path):
     [
         (dict(num_tokens=10), "expected 10 tokens of uint16, as its header says, got 18 bytes"),
         (dict(dtype="float16"), "dtype: expected uint16 or uint32, got 'float16'"),
+        (dict(dtype=["uint16"]), r"dtype: expected uint16 or uint32, got \['uint16'\]"),
         (dict(max_token=-1), "max_token: expected an integer of at least 0, got -1"),
         (dict(extra=1), "expected a token file's header with the fields"),
     ],

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from fusedkv_ext import cli
 from fusedkv_ext.data import TokenFile
-from fusedkv_ext.evaluate import evaluate
+from fusedkv_ext.evaluate import Bucket, evaluate
 
 CONTEXT = 100  # three buckets, and pages that end in the middle
 
@@ -107,6 +107,11 @@ def test_bad_options(tokens, options, message):
         evaluate(tiny.model(), tokens, **options)
 
 
+def test_perplexity_of_any_loss():
+    perplexities = [Bucket(0, 0, 1, loss).perplexity for loss in (0.0, 1.0, 5000.0, math.nan)]
+    assert perplexities[:3] == [1.0, math.e, math.inf] and math.isnan(perplexities[3])
+
+
 def test_a_smaller_vocabulary_and_a_plan_without_sources(tokens):
     with pytest.raises(ValueError, match=r"validation.bin: expected token ids 0 to 49"):
         evaluate(tiny.model(vocab_size=50), tokens, CONTEXT)
@@ -132,6 +137,7 @@ def test_command_line(tokens, tmp_path, capsys):
     for extra, message in (
         (["--device", "abacus"], "--device: expected cpu, cuda or cuda:N, got abacus"),
         (["--context", "1000"], "context: expected an integer from 1 to 128, got 1000"),
+        (["--csv", str(tmp_path / "none/a.csv")], "--csv: expected a file in a folder that exists, got "),
         (["--data", str(tmp_path / "none.bin")], "none.bin: expected a file that prepare wrote, got none"),
     ):
         assert cli.main([*args, *extra]) == 1

@@ -234,7 +234,7 @@ def test_compiled(write_config, tmp_path):
 
 def test_two_processes_shard_and_one_goes_on(write_config, tmp_path):
     """FSDP2 over gloo: the same losses as one process, and its checkpoint serves any number of them."""
-    path, options = write_config(run="sharded"), ["activation_checkpointing=true", "stop_at=4"]
+    path, options = write_config(run="sharded"), ["activation_checkpointing=true", "stop_at=3"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
@@ -245,7 +245,7 @@ def test_two_processes_shard_and_one_goes_on(write_config, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(f"step 4: {tmp_path / 'sharded/checkpoints/step-4'}") == 1
+    assert done.stdout.count(f"step 3: {tmp_path / 'sharded/checkpoints/step-3'}") == 1
     go(path, "resume=true")
     go(write_config())
     for name in ("metrics.csv", "validation.csv", "projections.csv"):
@@ -254,6 +254,23 @@ def test_two_processes_shard_and_one_goes_on(write_config, tmp_path):
         for x, y in zip(one, two, strict=True):
             for column in x.keys() - {"weight"}:
                 assert float(x[column]) == pytest.approx(float(y[column]), rel=1e-3), (name, column)
+
+
+def test_validation_reaches_the_end_of_the_file(write_config, tmp_path, folder, monkeypatch):
+    """Also where its windows are not a whole number of batches."""
+    file, taken = data.TokenFile(folder / "validation.bin"), []
+    windows = data.TokenFile.windows
+
+    def listening(self, numbers, *args):
+        if self.path == file.path:
+            taken.append(list(numbers))
+        return windows(self, numbers, *args)
+
+    monkeypatch.setattr(data.TokenFile, "windows", listening)
+    count = file.num_windows(CONTEXT)
+    batch = 2 * count // 3  # whose multiples do not meet the count
+    go(write_config(), f"batch={batch}", f"micro_batch={batch}", "stop_at=1", "validation_windows=null")
+    assert taken == [data.spread(count, batch)] and count - 1 - taken[0][-1] < count / batch
 
 
 def test_a_signal_saves_and_ends_well(write_config, tmp_path, monkeypatch):
@@ -300,30 +317,41 @@ def test_a_signal_from_outside(write_config, tmp_path):
     assert f"{saved}, stopped" in rest
 
 
+def limited(write, size):
+    """`write` where no file can grow beyond so many bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def run(*args, **options):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            return write(*args, **options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return run
+
+
+@pytest.mark.parametrize("size", [100, 1000], ids=["tables", "config"])
+def test_a_full_disk_at_a_second_start_leaves_the_run_as_it_was(write_config, tmp_path, monkeypatch, size):
+    path, run = write_config(), tmp_path / "run"
+    go(path, "stop_at=2")
+    before = snapshot(run)
+    sizes = {name: len(content) for name, content in before.items() if "/" not in name}
+    assert min(sizes.values()) > 0 and sorted(sizes.values())[-2] < 1000 < sizes["config.yaml"]
+    monkeypatch.setattr(Trainer, "_open_records", limited(Trainer._open_records, size))
+    with pytest.raises(OSError):
+        go(path, "resume=true")
+    assert snapshot(run) == before
+
+
 @pytest.mark.parametrize("part", ["model", "optimizer"])
 def test_a_full_disk_leaves_the_checkpoint_before_whole(write_config, tmp_path, monkeypatch, part):
     """The limit on the size of a file stands in for the disk: the same calls fail."""
     path, run = write_config(), tmp_path / "run"
     go(path, "stop_at=2")
     before = snapshot(run / "checkpoints")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def limited(write):
-        def run(*args, **options):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-            try:
-                return write(*args, **options)
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-        return run
-
-    if part == "model":
-        monkeypatch.setattr(
-            FusedKVForCausalLM, "save_pretrained", limited(FusedKVForCausalLM.save_pretrained)
-        )
-    else:
-        monkeypatch.setattr(dcp, "save", limited(dcp.save))
+    owner, name = (FusedKVForCausalLM, "save_pretrained") if part == "model" else (dcp, "save")
+    monkeypatch.setattr(owner, name, limited(getattr(owner, name), 20_000))
     wanted = f"checkpoint at step 4: .*; the last good one is {run / 'checkpoints/step-2'}"
     with pytest.raises(OSError, match=wanted):
         go(path, "resume=true", "stop_at=4")
@@ -394,7 +422,19 @@ def test_resume_of_another_run(write_config, tmp_path, folder, override, message
 def test_a_damaged_checkpoint(write_config, tmp_path):
     path = write_config()
     go(path, "stop_at=2")
-    weights = tmp_path / "run/checkpoints/step-2/model/model.safetensors"
+    step = tmp_path / "run/checkpoints/step-2"
+    metadata, facts = step / "optimizer/.metadata", step / "run.json"
+    for file, damaged, message in (
+        (metadata, b"", r"step-2/optimizer: expected the optimizer's state of this model, got EOFError"),
+        (metadata, metadata.read_bytes()[:100], "step-2/optimizer: expected the optimizer's state"),
+        (facts, facts.read_bytes().replace(b'"step"', b'"stop"'), "run.json: step: expected an integer"),
+    ):
+        whole = file.read_bytes()
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=message):
+            go(path, "resume=true")
+        file.write_bytes(whole)
+    weights = step / "model/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"model.safetensors: expected a safetensors file, got"):
         go(path, "resume=true")
@@ -423,7 +463,7 @@ def test_a_damaged_checkpoint(write_config, tmp_path):
         ("steps=0", "steps: expected a positive number, got 0"),
         ("micro_batch=3", "batch: expected a multiple of 1 processes x micro_batch 3, got 8"),
         ("precision=fp8", "precision: expected bf16 or float32, got 'fp8'"),
-        ("device=abacus", "device: expected cpu, cuda or cuda:N, got abacus"),
+        ("device=cuda:one", "device: expected cpu, cuda or cuda:N, got cuda:one"),
         ("data.context=65", "data.context: expected at most model.max_position_embeddings, 64, got 65"),
         (
             "model.vocab_size=100",
@@ -454,6 +494,9 @@ def test_bad_files(tmp_path, capsys):
         (tmp_path / "c.yaml").write_text(text)
         assert cli.main(["train", str(tmp_path / "c.yaml")]) == 1
         assert message in capsys.readouterr().err
+    (tmp_path / "c.yaml").write_bytes(b"\xff")
+    assert cli.main(["train", str(tmp_path / "c.yaml")]) == 1
+    assert "c.yaml: expected YAML, got 'utf-8' codec" in capsys.readouterr().err
     assert cli.main(["train", str(tmp_path / "none.yaml")]) == 1
     assert "none.yaml" in capsys.readouterr().err
 
