@@ -1,3 +1,4 @@
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -173,12 +174,13 @@ def test_autocast_changes_nothing(device):
 
 
 @pytest.mark.cuda
-@every_plan
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("fp8_sources", ["none", *quantised.MODES])
-def test_a_captured_step_gives_the_tokens_of_an_eager_one(plan, temperature, fp8_sources):
-    if fp8_sources != "none" and not plan.source_layers:
-        pytest.skip("no layer reads another")
+@pytest.mark.parametrize(
+    ("name", "fp8_sources"),
+    [*((name, "none") for name in tiny.PLANS), *itertools.product(tiny.FP8_PLANS, quantised.MODES)],
+)
+def test_a_captured_step_gives_the_tokens_of_an_eager_one(name, temperature, fp8_sources):
+    plan = tiny.PLANS[name]
     model, prompts = tiny.model(plan, device="cuda"), tiny.prompts(5, 63, 1, 20)
     options = dict(temperature=temperature, top_k=30, top_p=0.9, seed=3, stop_tokens=[5, 6, 7])
     options["fp8_sources"] = fp8_sources
@@ -408,9 +410,9 @@ def test_reading_several_steps_at_once_changes_nothing(device, every):
     """Nor does it return tokens after a stop."""
     model, prompts, steps = tiny.model("fusedkv", device=device), tiny.prompts(5, 3, 8), 12
     free = generate(model, prompts, steps).tokens
-    stops = [free[0][6], free[1][3]]
+    stops = [max(free[0], key=free[0].index)]  # what the first sequence says last for the first time
     expected = generate(model, prompts, steps, stop_tokens=stops).tokens
-    assert max(map(len, expected)) > 3 > 0 and expected != free
+    assert len(expected[0]) < steps and max(map(len, expected)) > 3
     decoder = prepared_decoder(model, prompts, steps, stops)
     rows = [*decoder.start_read(0, 1).wait(), *_decode(decoder, steps, every)]
     assert len(rows) == steps
