@@ -46,8 +46,7 @@ struct Batch {
     }
     table = std::make_unique<Array<int>>(table_host);
     seq_lens = std::make_unique<Array<int>>(s.lengths);
-    const int row_blocks = num_row_blocks(s.hq, s.hkv, s.queries);
-    schedule = std::make_unique<Array<int>>(s.lengths.size() * (1 + s.hkv * row_blocks) + 1);
+    schedule = std::make_unique<Array<int>>(words_of_schedule(s.lengths.size(), s.queries, s.hq, s.hkv));
     make_schedule();
   }
 
@@ -83,7 +82,6 @@ struct Layer {
     // Wide scores: a softmax that sees few tokens shows when some are missing.
     q = std::make_unique<Array<T>>(Array<T>::normal(rows, seed + 20, 0.0f, 2.0f));
     out = std::make_unique<Array<T>>(rows);
-    workspace = std::make_unique<Array<uint8_t>>(fused_attention_workspace_bytes(attention()));
   }
 
   FusedAttentionParams attention() const {
@@ -107,7 +105,6 @@ struct Layer {
     p.seq_lens = batch.seq_lens->data(), p.schedule = batch.schedule->data();
     p.scale = 1.0f / std::sqrt(static_cast<float>(s.d));
     p.window = s.window;
-    p.workspace = workspace ? workspace->data() : nullptr;
     return p;
   }
 
@@ -115,7 +112,6 @@ struct Layer {
   std::vector<Array<C>> caches;
   std::vector<Array<float>> weights;
   std::unique_ptr<Array<T>> q, out;
-  std::unique_ptr<Array<uint8_t>> workspace;
 };
 
 // The definition, in double: form K_i and V_i, softmax, weighted mean. `noise` gets the size of the error

@@ -17,6 +17,7 @@ FLOATS = (*HALF, torch.float32, torch.float64)
 INDEX = (torch.int32, torch.int64)
 BLOCK_TOKENS = 64  # tokens of one work unit of fused_attention
 BLOCK_ROWS = 64  # query rows (heads of a group x query tokens) that one work unit serves
+MAX_WORKERS = 192  # CTAs of fused_attention
 
 
 def head_rows(num_query_tokens: int, num_query_heads: int, num_kv_heads: int) -> int:
@@ -25,9 +26,14 @@ def head_rows(num_query_tokens: int, num_query_heads: int, num_kv_heads: int) ->
     return num_kv_heads * -(-rows // BLOCK_ROWS)
 
 
-def schedule_entries(batch: int, num_query_tokens: int, num_query_heads: int, num_kv_heads: int) -> int:
-    """Length of an attention schedule: B + 1 cumulative counts, then a merge counter for every item."""
-    return batch + 1 + batch * head_rows(num_query_tokens, num_query_heads, num_kv_heads)
+def schedule_entries(
+    batch: int, num_query_tokens: int, num_query_heads: int, num_kv_heads: int, device: torch.device
+) -> int:
+    """Length of an attention schedule: B + 1 cumulative counts and, on CUDA, what params.h adds to them."""
+    if device.type != "cuda":
+        return batch + 1
+    rows = num_query_heads // num_kv_heads * num_query_tokens
+    return (batch + 4) // 4 * 4 + 2 * MAX_WORKERS * min(-(-rows // 8) * 8, BLOCK_ROWS) * 132
 
 
 def expect(condition: bool, op: str, argument: str, expected: str, got: object) -> None:
@@ -348,6 +354,6 @@ def fused_attention(
     c.expect(divides, "q", f"query heads that are a multiple of {heads} key/value heads", num_q_heads)
     c.tensor("block_table", block_table, (torch.int32,), (batch, None))
     c.tensor("seq_lens", seq_lens, (torch.int32,), (batch,))
-    entries = schedule_entries(batch, num_tokens, num_q_heads, heads)
+    entries = schedule_entries(batch, num_tokens, num_q_heads, heads, q.device)
     c.tensor("schedule", schedule, (torch.int32,), (entries,))
     c.window(window)

@@ -77,7 +77,8 @@ def _fake_attention_schedule(
 ):
     checks.attention_schedule(seq_lens, max_seq_len, num_query_tokens, num_query_heads, num_kv_heads, window)
     batch = seq_lens.shape[0]
-    entries = checks.schedule_entries(batch, num_query_tokens, num_query_heads, num_kv_heads)
+    device = seq_lens.device
+    entries = checks.schedule_entries(batch, num_query_tokens, num_query_heads, num_kv_heads, device)
     return seq_lens.new_empty(entries)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fusedkv_ext.checks import BLOCK_TOKENS, schedule_entries
+from fusedkv_ext.checks import BLOCK_TOKENS
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -246,10 +246,7 @@ def attention_schedule(
     if window > 0:
         first = (lengths - num_query_tokens - window + 1).clamp(min=0) // BLOCK_TOKENS
     blocks = ((lengths + BLOCK_TOKENS - 1) // BLOCK_TOKENS - first).clamp(min=1)
-    entries = schedule_entries(len(lengths), num_query_tokens, num_query_heads, num_kv_heads)
-    schedule = blocks.new_zeros(entries, dtype=torch.int32)
-    schedule[1 : len(lengths) + 1] = blocks.cumsum(0)
-    return schedule
+    return torch.cat((blocks.new_zeros(1), blocks.cumsum(0))).int()
 
 
 def fused_attention(

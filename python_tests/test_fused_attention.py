@@ -268,7 +268,7 @@ def test_graph_replay_with_changing_lengths(dtypes, sources):
 
 
 @pytest.mark.cuda
-def test_schedule_counters_are_zero_after_use():
+def test_schedule_is_left_as_it_was():
     case = make_case("cuda", lengths=(9000, 10))
     schedule = ops.attention_schedule(case.seq_lens, 10**6, 1, 8, 2)
     before = schedule.clone()

@@ -391,10 +391,7 @@ cudaError_t run(const Launch& launch, const std::function<void()>& work) {
   const size_t in_row = launch.grid.x / launch.cluster.x, rows = launch.grid.y / launch.cluster.y;
   static Scheduler scheduler;
   generator.state = uint64_t(kSeed) << 32 | launches;
-  std::vector<size_t> order(clusters);
-  std::iota(order.begin(), order.end(), 0);
-  std::shuffle(order.begin(), order.end(), generator);
-  for (const size_t i : order) {
+  for (size_t i = 0; i < clusters; ++i) {
     const uint3 first = {unsigned(i % in_row * launch.cluster.x),
                          unsigned(i / in_row % rows * launch.cluster.y), unsigned(i / in_row / rows)};
     scheduler.run(launch, first, work);

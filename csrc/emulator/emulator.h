@@ -4,8 +4,9 @@
 // may, memory starts as NaN, and its ends are guarded. What would hang or trap ends the program with the
 // reason.
 //
-// CTAs run one after another in random order, clusters of them together. Not emulated: the memory model
-// (every access takes effect at once), kernels that overlap, and time.
+// CTAs run one after another, clusters of them together, in the order of the grid: a GPU starts them so, and
+// those of fused_attention wait for earlier ones. Not emulated: the memory model (every access takes effect
+// at once), kernels that overlap, and time.
 //
 // This file: threads, barriers and memory. instructions.h: what kernels/common wraps in assembly.
 // translate.py: from CUDA C++ to C++.
@@ -219,6 +220,11 @@ inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float cospif(float x) { return static_cast<float>(std::cos(M_PI * x)); }
 inline float __uint_as_float(uint32_t x) {
   float y;
+  std::memcpy(&y, &x, sizeof(y));
+  return y;
+}
+inline uint32_t __float_as_uint(float x) {
+  uint32_t y;
   std::memcpy(&y, &x, sizeof(y));
   return y;
 }

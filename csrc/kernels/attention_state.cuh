@@ -6,10 +6,11 @@
 #pragma once
 
 #include "attention_units.cuh"
+#include "common/publish.cuh"
 
 namespace fusedkv {
 
-// An item of which this worker has left a partial result; parts is 0 for none.
+// An item whose partial results this worker merges, those of `parts` workers; 0 for none.
 struct SharedItem {
   int seq, head, row_block, first_worker, worker_step, parts;
 };
@@ -18,8 +19,9 @@ template <class S>
 struct AttentionControl {
   alignas(4) uint8_t visible[kMaxStages][S::kUnitTokens / 8];  // one bit a token: it may be seen
   float value_weights[S::kSources][S::D];                      // of the item
-  float part_weights[S::kRows][kPartsAtOnce];                  // see combine()
-  SharedItem shared_items[2];  // the item that the worker begins in, and the one it ends in
+  SharedItem shared_item;
+  alignas(16) float4 sums[S::kRows == 8 ? S::kThreads : 1];  // see combine()
+  float2 stats[S::kRows == 8 ? S::kThreads : 1];
 };
 
 __device__ __forceinline__ float exp2_fast(float x) {
@@ -370,59 +372,137 @@ struct ItemOutput {
   bool is_bf16;
 };
 
-// Adds `count` partial results that lie in shared memory, at most kPartsAtOnce. The result goes to `partial`,
-// in the same form (it may be the first of them), or where that is null to the output. All threads call it.
+// Partial results of one item, in shared memory or in device memory, where other workers publish them.
+struct Parts {
+  const float* data;
+  int count, pitch;  // floats from one to the next
+  int first_offset;  // floats by which the first one stands after its place
+  bool published;
+};
+
+__device__ __forceinline__ bool is_empty(float x) { return __float_as_uint(x) == kEmpty; }
+
+// Waits for so many trips to the L2 and back, about a second, before it takes words as they are, NaN: with a
+// wrong schedule a worker may wait for one that nobody writes.
+constexpr int kPatience = 1 << 20;
+
+// The weighted sum of some rows of partial results: 4 channels, and the row's maximum and sum of
+// exponentials.
+struct MergedRow {
+  float max = kNothing, sum = 0.f, x[4] = {};
+
+  __device__ __forceinline__ void rescale(float new_max) {
+    const float weight = exp2_fast(max - new_max);
+    max = new_max, sum *= weight;
+#pragma unroll
+    for (float& value : x) value *= weight;
+  }
+  __device__ __forceinline__ void add(float2 stats, float4 y) {  // stats: maximum, sum
+    const float weight = exp2_fast(stats.x - max);
+    sum += weight * stats.y;
+    x[0] += weight * y.x, x[1] += weight * y.y, x[2] += weight * y.z, x[3] += weight * y.w;
+  }
+};
+
+// Adds partial results. The result goes to `partial`, in the same form, or where that is null to the output.
+// All threads call it. D / 4 threads share a row, and where there are threads for several times the rows of
+// the item, the parts are dealt out to groups of them, whose sums meet in shared memory. The order of all
+// additions is fixed, so every run gives the same bits.
 // What runs once a kernel runs at the latency of each instruction, and its instructions are fetched from
-// memory: so there are few of them, and the teams and the workers share them.
+// memory: so teams and workers share this code, and all loads of a thread are in flight together.
 template <class S>
-__device__ __noinline__ void combine(AttentionControl<S>& control, const float* parts, int count, int rows,
+__device__ __noinline__ void combine(AttentionControl<S>& control, const Parts parts, int rows,
                                      float* partial, ItemOutput output) {
-  // What each part is multiplied by: a warp a row, a lane a part.
-  const int lane = threadIdx.x % 32;
+  constexpr int kRowThreads = S::D / 4, kSlots = S::kThreads / kRowThreads, kAtOnce = 8;
+  const int channel = threadIdx.x % kRowThreads * 4, slot = threadIdx.x / kRowThreads;
+  const uint32_t row_mask = kRowThreads == 32 ? ~0u : 0xffffu << (threadIdx.x & 16);
+  const int groups = S::kRows == 8 ? max(1, kSlots / rows) : 1;
+  const int group = groups > 1 ? slot / rows : 0;
+  int row = slot - group * rows;
 #pragma unroll 1
-  for (int row = threadIdx.x / 32; row < rows; row += S::kWarps) {
-    float2 stats = make_float2(kNothing, 0.f);  // maximum, sum
-    if (lane < count) {
-      stats =
-          *reinterpret_cast<const float2*>(parts + lane * S::kPartialFloats + row * S::kPartialRow + S::D);
-    }
-    float max = stats.x;
-#pragma unroll
-    for (int i = 16; i > 0; i /= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, i));
-    float weight = exp2_fast(stats.x - max), sum = weight * stats.y;
-#pragma unroll
-    for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
-    if (partial == nullptr) {
-      weight *= inverse_or_zero(sum);
-    } else if (lane == 0) {
-      *reinterpret_cast<float2*>(partial + row * S::kPartialRow + S::D) = make_float2(max, sum);
-    }
-    control.part_weights[row][lane] = weight;
-  }
-  __syncthreads();
+  do {
+    MergedRow merged;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < rows * (S::D / 4); i += S::kThreads) {
-    const int row = i / (S::D / 4), channel = i % (S::D / 4) * 4, in_part = row * S::kPartialRow + channel;
-    float x[4] = {};
-#pragma unroll 4
-    for (int k = 0; k < count; ++k) {
-      const float weight = control.part_weights[row][k];
-      const float4 y = *reinterpret_cast<const float4*>(parts + k * S::kPartialFloats + in_part);
-      x[0] += weight * y.x, x[1] += weight * y.y, x[2] += weight * y.z, x[3] += weight * y.w;
+    for (int first = row < rows && group < groups ? group : parts.count; first < parts.count;
+         first += groups * kAtOnce) {
+      float4 y[kAtOnce];
+      float2 stats[kAtOnce];
+      const float* const from = parts.data + row * S::kPartialRow;
+      const auto part_offset = [&](int i) {
+        const int part = first + i * groups;
+        return part * parts.pitch + (part == 0 ? parts.first_offset : 0);
+      };
+      bool missing;
+      int patience = kPatience;
+#pragma unroll 1
+      do {
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          stats[i] = {kNothing, 0.f}, y[i] = {};
+          if (first + i * groups >= parts.count) continue;
+          const float* const part = from + part_offset(i);
+          stats[i] = load_published(reinterpret_cast<const float2*>(part + S::D));
+          y[i] = load_published(reinterpret_cast<const float4*>(part + channel));
+        }
+        missing = false;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          missing |= is_empty(stats[i].x) || is_empty(stats[i].y) || is_empty(y[i].x) || is_empty(y[i].y) ||
+                     is_empty(y[i].z) || is_empty(y[i].w);
+        }
+      } while (missing && --patience > 0);
+      if (parts.published) {
+        __syncwarp(row_mask);  // all have read the statistics of the row
+        const float empty = __uint_as_float(kEmpty);
+#pragma unroll 1
+        for (int i = 0; i < kAtOnce && first + i * groups < parts.count; ++i) {
+          float* const part = const_cast<float*>(from) + part_offset(i);
+          *reinterpret_cast<float4*>(part + channel) = {empty, empty, empty, empty};
+          if (channel == 0) *reinterpret_cast<float2*>(part + S::D) = {empty, empty};
+        }
+      }
+      float max = merged.max;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) max = fmaxf(max, stats[i].x);
+      merged.rescale(max);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) merged.add(stats[i], y[i]);
     }
+    if (groups > 1) {  // then there is but one turn of the outer loop
+      control.stats[threadIdx.x] = {merged.max, merged.sum};
+      control.sums[threadIdx.x] = {merged.x[0], merged.x[1], merged.x[2], merged.x[3]};
+      __syncthreads();
+      if (group > 0) return;
+#pragma unroll 1
+      for (int other = 1; other < groups; ++other) {
+        const int thread = threadIdx.x + other * rows * kRowThreads;
+        const float2 stats = control.stats[thread];
+        merged.rescale(fmaxf(merged.max, stats.x));
+        merged.add(stats, control.sums[thread]);
+      }
+    }
+    if (row >= rows) return;
     if (partial) {
-      *reinterpret_cast<float4*>(partial + in_part) = make_float4(x[0], x[1], x[2], x[3]);
-      continue;
+      float* const to = partial + row * S::kPartialRow;
+      publish(reinterpret_cast<float4*>(to + channel),
+              float4{merged.x[0], merged.x[1], merged.x[2], merged.x[3]});
+      if (channel == 0) publish(reinterpret_cast<float2*>(to + S::D), float2{merged.max, merged.sum});
+    } else {
+      const float inverse = inverse_or_zero(merged.sum);
+#pragma unroll
+      for (float& value : merged.x) value *= inverse;
+      const int item_row = output.first_row + row;
+      int64_t to = item_row * S::D + channel;
+      if (output.token_stride > 0) {
+        to = item_row / output.group * output.token_stride + item_row % output.group * S::D + channel;
+      }
+      const auto& x = merged.x;
+      *reinterpret_cast<uint2*>(output.rows + to) =
+          output.is_bf16 ? make_uint2(pack2<bf16>(x[0], x[1]), pack2<bf16>(x[2], x[3]))
+                         : make_uint2(pack2<f16>(x[0], x[1]), pack2<f16>(x[2], x[3]));
     }
-    const int item_row = output.first_row + row;
-    int64_t to = item_row * S::D + channel;
-    if (output.token_stride > 0) {
-      to = item_row / output.group * output.token_stride + item_row % output.group * S::D + channel;
-    }
-    *reinterpret_cast<uint2*>(output.rows + to) =
-        output.is_bf16 ? make_uint2(pack2<bf16>(x[0], x[1]), pack2<bf16>(x[2], x[3]))
-                       : make_uint2(pack2<f16>(x[0], x[1]), pack2<f16>(x[2], x[3]));
-  }
+    row += kSlots;
+  } while (row < rows);
 }
 
 template <class S>
@@ -439,39 +519,15 @@ __device__ __forceinline__ int item_rows(const AttentionParams& p, int row_block
   return min(S::kRows, p.group * p.num_query_tokens - row_block * S::kRows);
 }
 
-// Adds up the partial results of an item in the order of the workers, so that every run gives the same bits.
-// They come through shared memory, as many at a time as fit: their loads then share a round trip to the L2.
+// Merges what the workers of an item have left, its own part among them.
 template <class S>
-__device__ __forceinline__ void merge_partials(const AttentionParams& p, AttentionControl<S>& control,
-                                               const SharedItem& item, char* ring) {
-  const int parts_at_once = min(kPartsAtOnce, p.stages * (S::kStageBytes / (4 * S::kPartialFloats)));
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rows = item_rows<S>(p, item.row_block);
-  float* const parts = reinterpret_cast<float*>(ring);
-  int held = 0;  // the first of the parts here is what has been added so far
-#pragma unroll 1
-  for (int from = 0; from < item.parts;) {
-    const int count = min(parts_at_once - held, item.parts - from);
-#pragma unroll 1
-    for (int k = warp; k < count; k += S::kWarps) {
-      // The first worker's part is of the item that it ends in, the others' are of the items they begin in.
-      const int slot = 2 * (item.first_worker + (from + k) * item.worker_step) + (from + k == 0);
-      const float* part =
-          static_cast<const float*>(p.workspace) + int64_t(slot) * S::kPartialFloats + lane * 4;
-      uint32_t to = smem_address(parts + (held + k) * S::kPartialFloats + lane * 4);
-#pragma unroll 1
-      for (int left = rows * S::kPartialRow - lane * 4; left > 0; left -= 128, part += 128, to += 512) {
-        cp_async_16(to, part, true);
-      }
-    }
-    cp_async_commit();
-    cp_async_wait<0>();
-    __syncthreads();
-    from += count;
-    combine<S>(control, parts, held + count, rows, from < item.parts ? parts : nullptr,
-               item_output<S>(p, item.seq, item.head, item.row_block));
-    held = 1;
-    __syncthreads();  // what is here is no longer read
-  }
+__device__ __forceinline__ void merge_partials(const AttentionParams& p, AttentionControl<S>& control) {
+  const SharedItem& item = control.shared_item;
+  // The first worker's part is of the item that it ends in, the others' are of the items they begin in.
+  const Parts parts = {p.partials + 2 * item.first_worker * p.partial_words, item.parts,
+                       2 * item.worker_step * p.partial_words, p.partial_words, true};
+  combine<S>(control, parts, item_rows<S>(p, item.row_block), nullptr,
+             item_output<S>(p, item.seq, item.head, item.row_block));
 }
 
 }  // namespace fusedkv

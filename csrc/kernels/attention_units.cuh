@@ -10,17 +10,18 @@
 namespace fusedkv {
 
 constexpr int kMaxStages = 6;
-constexpr int kPartsAtOnce = 32;     // partial results that are added at a time, a lane each
 constexpr int kRingAlignment = 256;  // the widest row
 
 // What the kernel gets: the op's arguments, and what the host derives from them once.
 struct AttentionParams : FusedAttentionParams {
-  int group;       // query heads of a key/value head
-  int row_blocks;  // of a key/value head
-  int page_shift;  // log2 of the page size, or -1 when it is no power of two
-  int capacity;    // tokens of a sequence's pages
-  int max_blocks;  // of the batch that positions can count
-  int stages;      // of the ring
+  int group;          // query heads of a key/value head
+  int row_blocks;     // of a key/value head
+  int page_shift;     // log2 of the page size, or -1 when it is no power of two
+  int capacity;       // tokens of a sequence's pages
+  int max_blocks;     // of the batch that positions can count
+  int stages;         // of the ring
+  float* partials;    // two for each worker: of the item it begins in, and of the one it ends in
+  int partial_words;  // from one to the next
 };
 
 // A unit is what a CTA loads at a time: one slice of tokens for each warp. A warp computes the attention of

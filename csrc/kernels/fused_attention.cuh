@@ -19,14 +19,6 @@
 
 namespace fusedkv {
 
-// Adds 1 to a counter in device memory, after the writes of this thread and those that it has seen, and
-// before its reads. Returns what the counter was.
-__device__ __forceinline__ int count_arrival(int* counter) {
-  int before;
-  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
-  return before;
-}
-
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     fused_attention_kernel(const __grid_constant__ AttentionParams p) {
@@ -46,7 +38,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   BlockCursor at;
   at.seek(p, head_row, in_step ? begin : begin - head_row * split.blocks, first_sequences);
   UnitLoader<S> loader(p, at, end - begin);
-  if (threadIdx.x == 0) control.shared_items[0].parts = control.shared_items[1].parts = 0;
+  if (threadIdx.x == 0) control.shared_item.parts = 0;
 
   AttentionState<S> state;
   constexpr int kWhole = -1;
@@ -58,15 +50,12 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     if (reads && new_item) {  // before the wait, because the divisions take half a microsecond
       const int item_begin = max(0, now - at.block), item_end = item_begin + at.blocks;
       // A worker has at most two partial results: of the item it begins in, and of the one it ends in.
-      partial = item_begin >= begin;
-      if (item_begin >= begin && item_end <= end) {
-        partial = kWhole;
-      } else if (threadIdx.x == 0) {
+      partial = item_begin < begin ? 0 : item_end > end ? 1 : kWhole;
+      if (partial == 0 && item_end <= end && threadIdx.x == 0) {
         const int first = split.range_of(item_begin);
-        const int last = min(split.range_of(item_end - 1), split.ranges - 1);
-        control.shared_items[partial] = {at.seq,         at.head,
-                                         at.row_block,   first * int(gridDim.x) + int(blockIdx.x),
-                                         int(gridDim.x), last - first + 1};
+        control.shared_item = {at.seq,         at.head,
+                               at.row_block,   first * int(gridDim.x) + int(blockIdx.x),
+                               int(gridDim.x), int(blockIdx.y) - first + 1};
       }
     }
     if (stages == 1) {
@@ -103,8 +92,9 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       state.finish(control, stage);
       __syncthreads();
       const int slot = 2 * (blockIdx.y * gridDim.x + blockIdx.x) + partial;
-      combine<S>(control, reinterpret_cast<const float*>(stage), S::kTeams, item_rows<S>(p, at.row_block),
-                 partial == kWhole ? nullptr : static_cast<float*>(p.workspace) + slot * S::kPartialFloats,
+      const Parts teams = {reinterpret_cast<const float*>(stage), S::kTeams, S::kPartialFloats, 0, false};
+      combine<S>(control, teams, item_rows<S>(p, at.row_block),
+                 partial == kWhole ? nullptr : p.partials + slot * p.partial_words,
                  item_output<S>(p, at.seq, at.head, at.row_block));
       new_item = true;
     }
@@ -112,27 +102,9 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     if (now < end) at.advance(p, count);
   }
   let_next_kernel_start();  // not earlier: its CTAs would lie on the SMs in the order in which ours end
-  // Only now does the worker tell that its partial results are there, of both items at once: a fence waits
-  // for a round trip to the L2, and an item that it begins in is not complete much earlier anyway.
   __syncthreads();
-  if (threadIdx.x < 2) {
-    SharedItem& item = control.shared_items[threadIdx.x];
-    if (item.parts > 0) {
-      int* const counter = p.schedule + p.batch + 1 + int64_t(item.seq) * head_rows +
-                           item.head * p.row_blocks + item.row_block;
-      // After the barrier, one thread's release covers what all of them wrote.
-      if (count_arrival(counter) == item.parts - 1) {
-        *counter = 0;
-      } else {
-        item.parts = 0;
-      }
-    }
-  }
-  __syncthreads();
-#pragma unroll 1
-  for (const SharedItem& item : control.shared_items) {
-    if (item.parts > 0) merge_partials<S>(p, control, item, ring);
-  }
+  // Last, because others may still be at work on their parts.
+  if (control.shared_item.parts > 0) merge_partials<S>(p, control);
 }
 
 struct AttentionLaunch {
@@ -171,16 +143,6 @@ auto dispatch_attention_shape(const FusedAttentionParams& params, F&& f) {
 }
 
 template <class T, class C, int D>
-size_t attention_workspace_bytes(const FusedAttentionParams& params) {
-  return dispatch_attention_shape<T, C, D>(params, [](auto shape) -> size_t {
-    using S = decltype(shape);
-    AttentionLaunch launch;
-    if (plan_attention_launch<S>(launch) != cudaSuccess) return 0;
-    return size_t(launch.multiprocessors) * 2 * S::kPartialFloats * sizeof(float);
-  });
-}
-
-template <class T, class C, int D>
 cudaError_t launch_attention(const FusedAttentionParams& params, cudaStream_t stream) {
   return dispatch_attention_shape<T, C, D>(params, [&](auto shape) {
     using S = decltype(shape);
@@ -199,6 +161,8 @@ cudaError_t launch_attention(const FusedAttentionParams& params, cudaStream_t st
         static_cast<int>(std::min<int64_t>(int64_t(params.max_pages) * page_size, INT32_MAX)),
         INT32_MAX / head_rows,
         launch.stages,
+        reinterpret_cast<float*>(params.schedule + counts_in_schedule(params.batch)),
+        words_of_partial(params.num_query_tokens, params.num_q_heads, params.num_kv_heads),
     };
     const dim3 grid = attention_grid(launch.multiprocessors, head_rows);
     return launch_overlapping(fused_attention_kernel<S>, grid, S::kThreads, launch.shared_bytes, stream, p);

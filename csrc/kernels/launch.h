@@ -24,7 +24,6 @@ cudaError_t run_fuse_kv_backward(const FuseKvBackwardParams& params, cudaStream_
 cudaError_t run_swiglu(const SwigluParams& params, cudaStream_t stream);
 
 cudaError_t run_attention_schedule(const AttentionScheduleParams& params, cudaStream_t stream);
-size_t fused_attention_workspace_bytes(const FusedAttentionParams& params);
 cudaError_t run_fused_attention(const FusedAttentionParams& params, cudaStream_t stream);
 
 }  // namespace fusedkv

@@ -141,14 +141,27 @@ struct SwigluParams {
   void* out;  // [rows, I] contiguous
 };
 
-// The work split of fused_attention, see schedule.cuh: int32
-// [B + 1 cumulative counts of 64-token blocks | B * Hkv * ceil(G * Q / 64) merge counters, all zero].
+// Words of a schedule of fused_attention, see schedule.cuh: B + 1 cumulative counts of 64-token blocks,
+// filled up to 16 bytes, then room for two partial results of each worker.
+constexpr int kMaxWorkers = 192;         // CTAs of the grid at most: more than any GPU has multiprocessors
+constexpr int kMaxPartialRow = 128 + 4;  // words of a query row's partial result: channels, maximum, sum
+
+constexpr int64_t counts_in_schedule(int64_t batch) { return (batch + 4) / 4 * 4; }
+constexpr int words_of_partial(int num_query_tokens, int num_q_heads, int num_kv_heads) {
+  const int64_t rows = (int64_t(num_q_heads / num_kv_heads) * num_query_tokens + 7) / 8 * 8;
+  return int(rows < kBlockRows ? rows : kBlockRows) * kMaxPartialRow;
+}
+constexpr int64_t words_of_schedule(int64_t batch, int num_query_tokens, int num_q_heads, int num_kv_heads) {
+  return counts_in_schedule(batch) +
+         int64_t(2 * kMaxWorkers) * words_of_partial(num_query_tokens, num_q_heads, num_kv_heads);
+}
+
 struct AttentionScheduleParams {
   int batch, num_query_tokens, num_q_heads, num_kv_heads;
   int window;           // 0: no window
   int64_t max_seq_len;  // lengths are clamped to [0, max_seq_len]
   const int* seq_lens;  // [B]
-  int* schedule;
+  int* schedule;        // [words_of_schedule()]
 };
 
 // Query token j of a sequence stands at position seq_len - Q + j and sees the positions up to its own, the
@@ -169,10 +182,9 @@ struct FusedAttentionParams {
   int64_t block_table_stride;
   int max_pages;
   const int* seq_lens;  // [B]
-  int* schedule;        // from run_attention_schedule; its counters are zero again after the launch
+  int* schedule;        // from run_attention_schedule; after the launch it is as before
   float scale;
   int window;
-  void* workspace;  // fused_attention_workspace_bytes(params) bytes
 };
 
 }  // namespace fusedkv

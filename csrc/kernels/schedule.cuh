@@ -4,7 +4,12 @@
 // row block). Each worker takes an equal range of them, so that every CTA reads the same number of bytes
 // whatever the lengths are, and the device finds its share from B + 1 cumulative counts. The blocks of one
 // (sequence, head, row block) are an item; an item that crosses workers leaves partial results, which the
-// last worker to arrive at the item's counter merges.
+// last of its workers merges.
+//
+// Partial results need no counter and no fence: each of their words tells by itself whether it is there yet,
+// because until then it is kEmpty, and whoever merges them makes it that again for the next launch. So a
+// result is known one trip to the L2 and back after it was written. Workers wait for none but those before
+// them in the grid, which are there already because a GPU starts CTAs in order.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,6 +19,8 @@
 #include "params.h"
 
 namespace fusedkv {
+
+constexpr uint32_t kEmpty = 0xfff5eed5;  // a NaN, and none that arithmetic gives
 
 __host__ __device__ inline int ceil_div(int a, int b) { return a / b + (a % b != 0); }
 
@@ -36,8 +43,9 @@ __host__ __device__ inline int num_row_blocks(int num_q_heads, int num_kv_heads,
 //
 // The grid is (head rows in step or 1, ranges).
 inline dim3 attention_grid(int multiprocessors, int head_rows) {
-  const bool in_step = multiprocessors / head_rows * head_rows * 10 >= multiprocessors * 9;
-  return in_step ? dim3(head_rows, multiprocessors / head_rows) : dim3(1, multiprocessors);
+  const int workers = min(multiprocessors, kMaxWorkers);
+  const bool in_step = workers / head_rows * head_rows * 10 >= workers * 9;
+  return in_step ? dim3(head_rows, workers / head_rows) : dim3(1, workers);
 }
 
 struct WorkSplit {

@@ -26,10 +26,9 @@ at::Tensor attention_schedule(const at::Tensor& seq_lens, int64_t max_seq_len, i
                  c10::str("fewer than 2^31 blocks of 64 tokens in the batch, each counted ", reads, " times"),
                  c10::str(seq_lens.size(0), " sequences of ", max_seq_len, " tokens"));
 
-  const int64_t entries = schedule_entries(seq_lens.size(0), num_query_tokens, num_query_heads, num_kv_heads);
-  FUSEDKV_EXPECT(check.op, entries <= kMaxInt, "seq_lens", "a schedule of fewer than 2^31 entries", entries);
   const c10::cuda::CUDAGuard guard(seq_lens.device());
-  at::Tensor schedule = at::empty({entries}, seq_lens.options());
+  const int64_t words = words_of_schedule(seq_lens.size(0), num_query_tokens, num_query_heads, num_kv_heads);
+  at::Tensor schedule = at::empty({words}, seq_lens.options());
   const AttentionScheduleParams params{
       .batch = static_cast<int>(seq_lens.size(0)),
       .num_query_tokens = static_cast<int>(num_query_tokens),

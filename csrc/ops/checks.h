@@ -95,12 +95,6 @@ inline int64_t head_rows(int64_t num_query_tokens, int64_t num_q_heads, int64_t 
   return num_kv_heads * ((rows + kBlockRows - 1) / kBlockRows);
 }
 
-// Elements of a schedule: see AttentionScheduleParams.
-inline int64_t schedule_entries(int64_t batch, int64_t num_query_tokens, int64_t num_q_heads,
-                                int64_t num_kv_heads) {
-  return batch + 1 + batch * head_rows(num_query_tokens, num_q_heads, num_kv_heads);
-}
-
 inline PagedCache paged_cache(const at::Tensor& cache) {
   return {cache.data_ptr(), cache.stride(0), cache.stride(1), cache.stride(2)};
 }

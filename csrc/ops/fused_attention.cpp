@@ -51,14 +51,16 @@ at::Tensor fused_attention(const at::Tensor& q, at::TensorList k_sources, at::Te
                  block_table.size(1));
   check.tensor("seq_lens", seq_lens, kInt32, {batch});
   check.tensor("schedule", schedule, kInt32,
-               {schedule_entries(batch, num_tokens, num_q_heads, num_kv_heads)});
+               {words_of_schedule(batch, num_tokens, num_q_heads, num_kv_heads)});
+  check.contiguous("schedule", schedule);
+  check.aligned("schedule", schedule);
   check.window(window);
 
   const c10::cuda::CUDAGuard guard(q.device());
   at::Tensor out = at::empty(q.sizes(), q.options());
   if (batch == 0) return out;
   const at::Tensor queries = aligned_or_copy(q);
-  FusedAttentionParams params{
+  const FusedAttentionParams params{
       .dtype = kernel_dtype(q),
       .cache_dtype = kernel_dtype(first),
       .batch = static_cast<int>(batch),
@@ -85,11 +87,7 @@ at::Tensor fused_attention(const at::Tensor& q, at::TensorList k_sources, at::Te
       .schedule = schedule.mutable_data_ptr<int>(),
       .scale = static_cast<float>(scale),
       .window = static_cast<int>(window),
-      .workspace = nullptr,
   };
-  const auto bytes = static_cast<int64_t>(fused_attention_workspace_bytes(params));
-  const at::Tensor workspace = at::empty({bytes}, q.options().dtype(at::kByte));
-  params.workspace = workspace.mutable_data_ptr();
   check_launch(check.op, run_fused_attention(params, c10::cuda::getCurrentCUDAStream()));
   return out;
 }

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cub/block/block_scan.cuh>
 
 #include "../launch.h"
@@ -8,10 +9,17 @@ namespace {
 
 constexpr int kThreads = 512;
 
-__global__ void __launch_bounds__(kThreads) attention_schedule_kernel(const AttentionScheduleParams p) {
+__global__ void __launch_bounds__(kThreads)
+    attention_schedule_kernel(const AttentionScheduleParams p, int64_t counts, int64_t words) {
   using Scan = cub::BlockScan<int, kThreads>;
   __shared__ typename Scan::TempStorage storage;
+  for (int64_t i = counts / 4 + int64_t(blockIdx.x) * kThreads + threadIdx.x; i < words / 4;
+       i += int64_t(gridDim.x) * kThreads) {
+    reinterpret_cast<uint4*>(p.schedule)[i] = {kEmpty, kEmpty, kEmpty, kEmpty};
+  }
+  if (blockIdx.x > 0) return;
   if (threadIdx.x == 0) p.schedule[0] = 0;
+  if (p.batch + 1 + threadIdx.x < counts) p.schedule[p.batch + 1 + threadIdx.x] = 0;
   int before = 0;
   for (int base = 0; base < p.batch; base += kThreads) {
     const int seq = base + threadIdx.x;
@@ -28,15 +36,17 @@ __global__ void __launch_bounds__(kThreads) attention_schedule_kernel(const Atte
     before += total;
     __syncthreads();  // storage is used again
   }
-  const int64_t counters =
-      int64_t(p.batch) * p.num_kv_heads * num_row_blocks(p.num_q_heads, p.num_kv_heads, p.num_query_tokens);
-  for (int64_t i = threadIdx.x; i < counters; i += kThreads) p.schedule[p.batch + 1 + i] = 0;
 }
 
 }  // namespace
 
 cudaError_t run_attention_schedule(const AttentionScheduleParams& params, cudaStream_t stream) {
-  attention_schedule_kernel<<<1, kThreads, 0, stream>>>(params);
+  // The counts are one CTA's work; the others only help to fill the room for partial results.
+  const int64_t words =
+      words_of_schedule(params.batch, params.num_query_tokens, params.num_q_heads, params.num_kv_heads);
+  constexpr int kWordsAThread = 16;
+  const int blocks = static_cast<int>(std::min<int64_t>(words / (kThreads * kWordsAThread) + 1, 512));
+  attention_schedule_kernel<<<blocks, kThreads, 0, stream>>>(params, counts_in_schedule(params.batch), words);
   return cudaGetLastError();
 }
 

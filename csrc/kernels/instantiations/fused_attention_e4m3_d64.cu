@@ -1,6 +1,5 @@
 #include "../fused_attention.cuh"
 
 namespace fusedkv {
-template size_t attention_workspace_bytes<f16, e4m3, 64>(const FusedAttentionParams&);
 template cudaError_t launch_attention<f16, e4m3, 64>(const FusedAttentionParams&, cudaStream_t);
 }  // namespace fusedkv
