@@ -63,6 +63,7 @@ inline void e4m3_to_f16(uint32_t x, uint32_t& low, uint32_t& high) {
 inline void wait_for_previous_kernels() {}
 inline void let_next_kernel_start() {}
 inline void prefetch_l2(const void*) {}
+inline void need_here(uint64_t) {}
 inline void publish(float4* to, float4 x) { *to = x; }
 inline void publish(float2* to, float2 x) { *to = x; }
 inline float4 load_published(const float4* from) { return *from; }

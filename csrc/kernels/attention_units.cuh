@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "common/mma.cuh"
+#include "common/overlap.cuh"
 #include "schedule.cuh"
 
 namespace fusedkv {
@@ -79,6 +80,10 @@ struct SequenceInfo {
   __device__ static SequenceInfo load(const AttentionParams& p, int seq) {
     return {p.schedule[seq], p.schedule[seq + 1], p.seq_lens[seq]};
   }
+  // Of the first 32 sequences, one a lane; of the last one for lanes beyond the batch.
+  __device__ static SequenceInfo load_first(const AttentionParams& p) {
+    return load(p, min(int(threadIdx.x % 32), p.batch - 1));
+  }
 };
 
 // A place in the order of blocks. Like every number in device memory the schedule is not trusted: with any
@@ -98,8 +103,7 @@ struct BlockCursor {
     next = SequenceInfo::load(p, seq + 1 < p.batch ? seq + 1 : 0);
   }
 
-  // To block `at` of the batch. `info`: of the first 32 sequences, one a lane; the last for lanes beyond the
-  // batch.
+  // To block `at` of the batch. `info`: from load_first().
   __device__ void seek(const AttentionParams& p, int head_row, int at, SequenceInfo info) {
     const int lane = threadIdx.x % 32;
     SequenceInfo own = info;

@@ -19,17 +19,31 @@
 
 namespace fusedkv {
 
+// Brings the kernel's parameters into the constant cache, one of each line of it.
+__device__ __forceinline__ void fetch_parameters(const AttentionParams& p) {
+  const auto bits = [](const void* pointer) { return reinterpret_cast<uint64_t>(pointer); };
+  need_here(bits(p.k_sources[0].data) ^ bits(p.v_sources[0].data) ^ bits(p.v_sources[1].data) ^
+            p.cache.num_pages ^ bits(p.block_table) ^ p.group ^ bits(p.partials));
+}
+
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     fused_attention_kernel(const __grid_constant__ AttentionParams p) {
   extern __shared__ __align__(kRingAlignment) char ring[];
   __shared__ AttentionControl<S> control;
 
+  fetch_parameters(p);
   wait_for_previous_kernels();
-  // The first loads of all that is needed to find the first block, together.
-  const SequenceInfo first_sequences = SequenceInfo::load(p, min(int(threadIdx.x % 32), p.batch - 1));
+  // The first loads of all that is needed to find the first block, together. The pages of a single sequence
+  // come into the L1 beside them, before it is known which ones are needed.
+  const SequenceInfo first_sequences = SequenceInfo::load_first(p);
+  const int batch_blocks = p.schedule[p.batch];
+  constexpr int kLine = 128 / sizeof(int);
+  int pages = 0;
+  if (p.batch == 1 && threadIdx.x * kLine < p.max_pages) pages = p.block_table[threadIdx.x * kLine];
+  need_here(batch_blocks ^ first_sequences.begin ^ first_sequences.end ^ first_sequences.length ^ pages);
   const int head_rows = p.num_kv_heads * p.row_blocks, stages = p.stages;
-  const WorkSplit split(max(0, min(p.schedule[p.batch], p.max_blocks)), head_rows, S::kUnitBlocks);
+  const WorkSplit split(max(0, min(batch_blocks, p.max_blocks)), head_rows, S::kUnitBlocks);
   if (blockIdx.y >= split.ranges || split.blocks == 0) return;
   const int begin = split.begin(blockIdx.y), end = split.begin(blockIdx.y + 1);
   const bool in_step = gridDim.x > 1 || head_rows == 1;

@@ -57,7 +57,7 @@ struct WorkSplit {
     const int length = gridDim.x == 1 ? blocks * head_rows : blocks;
     // Never more than units: smaller shares would only make more partial results to merge.
     ranges = max(1, min(int(gridDim.y), ceil_div(length, unit_blocks)));
-    share = length / ranges, extra = length - share * ranges;
+    share = unsigned(length) / unsigned(ranges), extra = length - share * ranges;
   }
   __device__ int begin(int range) const { return range * share + min(range, extra); }
   __device__ int range_of(int position) const {

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <utility>
 
 namespace fusedkv {
@@ -28,6 +29,12 @@ __device__ __forceinline__ void let_next_kernel_start() {
 // Asks the L2 for the 128 bytes that the address lies in.
 __device__ __forceinline__ void prefetch_l2(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
+// Makes the compiler load x before here and not where it is first used, behind a branch that ends some CTAs:
+// what the code does depends on x, though it only sleeps a nanosecond for one value.
+__device__ __forceinline__ void need_here(uint64_t x) {
+  asm volatile("{.reg .pred p; setp.eq.u64 p, %0, 1; @p nanosleep.u32 1;}" ::"l"(x));
 }
 
 // Launches a kernel that waits by itself for those before it, in clusters of so many CTAs in x; 0 for none.
