@@ -14,6 +14,7 @@
 #include <bit>
 
 #include "attention_state.cuh"
+#include "attention_warpgroup.cuh"
 #include "common/device.h"
 #include "common/overlap.cuh"
 
@@ -30,8 +31,13 @@ __device__ __forceinline__ int count_arrival(int* counter) {
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     fused_attention_kernel(const __grid_constant__ AttentionParams p) {
-  extern __shared__ __align__(kRingAlignment) char ring[];
+#ifndef __CUDA_ARCH_FEAT_SM90_ALL
+  if constexpr (S::kWgmma) return;  // has_wgmma() sees that there is nothing here
+#endif
+  extern __shared__ __align__(kRowAlignment) char shared[];
   __shared__ AttentionControl<S> control;
+  char* ring = shared;
+  if constexpr (S::kAlignment > kRowAlignment) ring += -smem_address(shared) % S::kAlignment;
 
   wait_for_previous_kernels();
   // The first loads of all that is needed to find the first block, together.
@@ -48,7 +54,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   UnitLoader<S> loader(p, at, end - begin);
   if (threadIdx.x == 0) control.shared_items[0].parts = control.shared_items[1].parts = 0;
 
-  AttentionState<S> state;
+  std::conditional_t<S::kWgmma, WarpgroupState<S>, AttentionState<S>> state;
   constexpr int kWhole = -1;
   int partial = kWhole;  // which of the worker's partial results the item becomes
   bool new_item = true;
@@ -73,6 +79,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       __syncthreads();
     } else if (reads) {
       wait_for_oldest(stages);
+      if constexpr (S::kWgmma) fence_async_proxy();
       // A new item: all have loaded their share of the queries, and left the stage where the teams met.
       new_item ? __syncthreads() : team_barrier<S>();
     }
@@ -86,6 +93,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     if (!reads) continue;
     if (stages == 1) {
       cp_async_wait<0>();
+      if constexpr (S::kWgmma) fence_async_proxy();
       __syncthreads();
     }
     char* const stage = ring + read_stage * S::kStageBytes;
@@ -135,6 +143,9 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   }
 }
 
+// More rows go to wgmma where there is one: a team of warps with mma.sync reads its tokens once a warp.
+constexpr int kMostRowsWithoutWgmma = 16;
+
 struct AttentionLaunch {
   int stages, multiprocessors;
   size_t shared_bytes;
@@ -147,11 +158,21 @@ cudaError_t plan_attention_launch(AttentionLaunch& launch) {
   cudaError_t error = count_sms(launch.multiprocessors);
   if (error == cudaSuccess) error = device_attribute(per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   if (error != cudaSuccess) return error;
-  launch.stages = min(kMaxStages, (per_block - int(sizeof(AttentionControl<S>))) / S::kStageBytes);
+  constexpr int kGap = S::kAlignment - kRowAlignment;  // before the ring
+  launch.stages = min(kMaxStages, (per_block - kGap - int(sizeof(AttentionControl<S>))) / S::kStageBytes);
   if (launch.stages < 1) return cudaErrorInvalidConfiguration;
-  launch.shared_bytes = launch.stages * S::kStageBytes;
+  launch.shared_bytes = kGap + launch.stages * S::kStageBytes;
   return cudaFuncSetAttribute(fused_attention_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                               static_cast<int>(launch.shared_bytes));
+}
+
+// Whether the GPU would run the kernel and not return at once: only the code for sm_90a has shared variables,
+// and the driver chooses it on GPUs of compute capability 9.0 alone.
+template <class S>
+bool has_wgmma() {
+  cudaFuncAttributes compiled;
+  return cudaFuncGetAttributes(&compiled, fused_attention_kernel<S>) == cudaSuccess &&
+         compiled.sharedSizeBytes > 0;
 }
 
 // Calls f with the shape that fits the number of sources and of query rows.
@@ -159,6 +180,13 @@ template <class T, class C, int D, class F>
 auto dispatch_attention_shape(const FusedAttentionParams& params, F&& f) {
   const int rows = params.num_q_heads / params.num_kv_heads * params.num_query_tokens;
   const auto with_rows = [&]<int kSources>() {
+    if constexpr (sizeof(C) == 2) {
+      using Narrow = AttentionShape<T, C, D, kSources, 1, 4, true>;
+      using Wide = AttentionShape<T, C, D, kSources, 2, 4, true>;
+      if (rows > kMostRowsWithoutWgmma && has_wgmma<Wide>()) {
+        return rows <= Narrow::kRows ? f(Narrow{}) : f(Wide{});
+      }
+    }
     if (rows <= 8) return f(AttentionShape<T, C, D, kSources, 1, 1>{});
     // Two tiles with two wide sources spill registers: up to 32 rows, more warps share them instead.
     constexpr bool kWide = kSources == 2 && D == 128 && sizeof(C) == 2;
