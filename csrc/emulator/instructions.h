@@ -70,6 +70,7 @@ inline int count_arrival(int* counter) { return __atomic_fetch_add(counter, 1, _
 inline uint32_t smem_address(const void* p) { return emulator::shared_address(p); }
 
 inline void store_shared_16(uint32_t address, uint4 x) { std::memcpy(shared_pointer(address, 16), &x, 16); }
+inline void store_shared_4(uint32_t address, uint32_t x) { std::memcpy(shared_pointer(address, 4), &x, 4); }
 
 inline uint4 load_shared_16(uint32_t address) {
   uint4 x;

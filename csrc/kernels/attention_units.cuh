@@ -56,6 +56,10 @@ struct AttentionShape {
   static constexpr int kQueryOffset = 2 * kSources * kPlaneBytes,
                        kWeightOffset = kQueryOffset + kRows * D * 2;
   static constexpr int kAlignment = kWgmma ? 1024 : kRowAlignment;
+  // Where the weighted queries of two wide sources would not fit into registers, they lie before the ring.
+  static constexpr bool kSharedQueries = kWgmma && kSources == 2 && D == 128;
+  static constexpr int kQueryTileBytes = 64 * 128;  // of 64 channels
+  static constexpr int kQueryBytes = kSharedQueries ? kSources * (D / 64) * kQueryTileBytes : 0;
   static constexpr int kStageBytes =
       (kWeightOffset + 2 * kSources * D * 4 + kAlignment - 1) / kAlignment * kAlignment;
   // A partial result, of a team or of a worker: query rows of D weighted sums, the maximum and the sum. The

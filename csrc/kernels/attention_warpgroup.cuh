@@ -1,5 +1,5 @@
 // What attention_state.cuh does for teams of warps, for a team that is a warpgroup: Hopper's wgmma, from 17
-// query rows on and for sources in 16 bits.
+// query rows on and for sources in 16 bits, as many of keys as of values.
 //
 // The four warps have 16 rows each, and their tensor cores read every key and value from shared memory once
 // for all 64. The products are not transposed here: a lane holds tokens (or channels) 8j + 2 * (lane % 4) and
@@ -16,7 +16,8 @@ template <class S>
 struct WarpgroupState {
   using T = typename S::T;
   static constexpr int kTokens = S::kTeamTokens;
-  uint32_t query[S::kSources][S::D / 16][4];
+  uint32_t query[S::kSharedQueries ? 1 : S::kSources][S::D / 16][4];
+  uint32_t queries;  // where they are in shared memory
   float out[S::kSources][S::D / 2];
   float row_max[2], row_sum[2];           // as in AttentionState
   static constexpr float kMaxLag = 8.f;
@@ -40,7 +41,17 @@ struct WarpgroupState {
         for (int s = 0; s < S::kSources; ++s) {
           float2 a = make_float2(1.f, 1.f);
           if (p.key_weights) a = *reinterpret_cast<const float2*>(weights + s * S::D + channel);
-          query[s][k][i] = pack2<T>(q.x * a.x, q.y * a.y);
+          const uint32_t weighted = pack2<T>(q.x * a.x, q.y * a.y);
+          if constexpr (S::kSharedQueries) {
+            if (threadIdx.x / 128 != s) continue;  // a warpgroup a source
+            const int tile = s * (S::D / 64) + k / 4;
+            store_shared_4(queries + tile * S::kQueryTileBytes +
+                               swizzled<8>(first_row() + lane / 4 + i % 2 * 8, channel % 64 / 8) +
+                               channel % 8 * 2,
+                           weighted);
+          } else {
+            query[s][k][i] = weighted;
+          }
         }
       }
     }
@@ -50,6 +61,7 @@ struct WarpgroupState {
       for (int i = 0; i < S::D / 2; ++i) out[s][i] = 0.f;
     row_max[0] = row_max[1] = kNothing;
     row_sum[0] = row_sum[1] = 0.f;
+    if constexpr (S::kSharedQueries) fence_async_proxy();
   }
 
   __device__ __forceinline__ void add_unit(const AttentionParams& p, const BlockCursor& at, const char* stage,
@@ -68,11 +80,17 @@ struct WarpgroupState {
     wgmma_fence();
 #pragma unroll
     for (int s = 0; s < S::kSources; ++s) {
-      if (s > 0 && p.num_k_sources == 1) break;
 #pragma unroll
       for (int k = 0; k < S::D / 16; ++k) {
-        const uint32_t keys = unit + s * S::kPlaneBytes + k / 4 * S::kTileBytes + k % 4 * 32;
-        wgmma_registers_64x16<T, false>(scores, query[s][k], wgmma_matrix(keys), s > 0 || k > 0);
+        const uint64_t keys =
+            wgmma_matrix(unit + s * S::kPlaneBytes + k / 4 * S::kTileBytes + k % 4 * 32);
+        if constexpr (S::kSharedQueries) {
+          const int tile = s * (S::D / 64) + k / 4;
+          wgmma_64x16<T>(scores, wgmma_matrix(queries + tile * S::kQueryTileBytes + k % 4 * 32), keys,
+                         s > 0 || k > 0);
+        } else {
+          wgmma_registers_64x16<T, false>(scores, query[s][k], keys, s > 0 || k > 0);
+        }
       }
     }
     wgmma_commit();
@@ -103,7 +121,6 @@ struct WarpgroupState {
     wgmma_fence();
 #pragma unroll
     for (int s = 0; s < S::kSources; ++s) {
-      if (s > 0 && p.num_v_sources == 1) break;
 #pragma unroll
       for (int i = 0; i < kTokens / 16; ++i) {
         wgmma_registers_64x16<T, true>(out[s], probabilities[i],

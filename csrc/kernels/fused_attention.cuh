@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   extern __shared__ __align__(kRowAlignment) char shared[];
   __shared__ AttentionControl<S> control;
   char* ring = shared;
-  if constexpr (S::kAlignment > kRowAlignment) ring += -smem_address(shared) % S::kAlignment;
+  if constexpr (S::kWgmma) ring += -smem_address(shared) % S::kAlignment + S::kQueryBytes;
 
   wait_for_previous_kernels();
   // The first loads of all that is needed to find the first block, together.
@@ -55,6 +55,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   if (threadIdx.x == 0) control.shared_items[0].parts = control.shared_items[1].parts = 0;
 
   std::conditional_t<S::kWgmma, WarpgroupState<S>, AttentionState<S>> state;
+  if constexpr (S::kSharedQueries) state.queries = smem_address(ring) - S::kQueryBytes;
   constexpr int kWhole = -1;
   int partial = kWhole;  // which of the worker's partial results the item becomes
   bool new_item = true;
@@ -158,10 +159,10 @@ cudaError_t plan_attention_launch(AttentionLaunch& launch) {
   cudaError_t error = count_sms(launch.multiprocessors);
   if (error == cudaSuccess) error = device_attribute(per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   if (error != cudaSuccess) return error;
-  constexpr int kGap = S::kAlignment - kRowAlignment;  // before the ring
-  launch.stages = min(kMaxStages, (per_block - kGap - int(sizeof(AttentionControl<S>))) / S::kStageBytes);
+  constexpr int kBefore = S::kAlignment - kRowAlignment + S::kQueryBytes;  // the ring
+  launch.stages = min(kMaxStages, (per_block - kBefore - int(sizeof(AttentionControl<S>))) / S::kStageBytes);
   if (launch.stages < 1) return cudaErrorInvalidConfiguration;
-  launch.shared_bytes = kGap + launch.stages * S::kStageBytes;
+  launch.shared_bytes = kBefore + launch.stages * S::kStageBytes;
   return cudaFuncSetAttribute(fused_attention_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                               static_cast<int>(launch.shared_bytes));
 }
@@ -183,7 +184,9 @@ auto dispatch_attention_shape(const FusedAttentionParams& params, F&& f) {
     if constexpr (sizeof(C) == 2) {
       using Narrow = AttentionShape<T, C, D, kSources, 1, 4, true>;
       using Wide = AttentionShape<T, C, D, kSources, 2, 4, true>;
-      if (rows > kMostRowsWithoutWgmma && has_wgmma<Wide>()) {
+      // Two sources on one side only stay where they were: wgmma in a branch is not asynchronous.
+      const bool same_sources = params.num_k_sources == params.num_v_sources;
+      if (rows > kMostRowsWithoutWgmma && same_sources && has_wgmma<Wide>()) {
         return rows <= Narrow::kRows ? f(Narrow{}) : f(Wide{});
       }
     }
