@@ -10,8 +10,8 @@
 namespace fusedkv {
 
 constexpr int kMaxStages = 6;
-constexpr int kPartsAtOnce = 32;     // partial results that are added at a time, a lane each
-constexpr int kRowAlignment = 256;   // the widest row
+constexpr int kPartsAtOnce = 32;    // partial results that are added at a time, a lane each
+constexpr int kRowAlignment = 256;  // the widest row
 
 // What the kernel gets: the op's arguments, and what the host derives from them once.
 struct AttentionParams : FusedAttentionParams {

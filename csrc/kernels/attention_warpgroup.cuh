@@ -3,8 +3,8 @@
 //
 // The four warps have 16 rows each, and their tensor cores read every key and value from shared memory once
 // for all 64. The products are not transposed here: a lane holds tokens (or channels) 8j + 2 * (lane % 4) and
-// the next one of two query rows, lane / 4 and lane / 4 + 8 of its warp's; so the maximum of a row is a matter
-// of four lanes, and the probabilities are the next product's left operand as they are.
+// the next one of two query rows, lane / 4 and lane / 4 + 8 of its warp's; so the maximum of a row is a
+// matter of four lanes, and the probabilities are the next product's left operand as they are.
 #pragma once
 
 #include "attention_state.cuh"
@@ -19,7 +19,7 @@ struct WarpgroupState {
   uint32_t query[S::kSharedQueries ? 1 : S::kSources][S::D / 16][4];
   uint32_t queries;  // where they are in shared memory
   float out[S::kSources][S::D / 2];
-  float row_max[2], row_sum[2];           // as in AttentionState
+  float row_max[2], row_sum[2];  // as in AttentionState
   static constexpr float kMaxLag = 8.f;
 
   // The warp's first row. A warp beyond the last row does what another one does, and leaves nothing.
@@ -82,8 +82,7 @@ struct WarpgroupState {
     for (int s = 0; s < S::kSources; ++s) {
 #pragma unroll
       for (int k = 0; k < S::D / 16; ++k) {
-        const uint64_t keys =
-            wgmma_matrix(unit + s * S::kPlaneBytes + k / 4 * S::kTileBytes + k % 4 * 32);
+        const uint64_t keys = wgmma_matrix(unit + s * S::kPlaneBytes + k / 4 * S::kTileBytes + k % 4 * 32);
         if constexpr (S::kSharedQueries) {
           const int tile = s * (S::D / 64) + k / 4;
           wgmma_64x16<T>(scores, wgmma_matrix(queries + tile * S::kQueryTileBytes + k % 4 * 32), keys,
@@ -112,7 +111,8 @@ struct WarpgroupState {
 #pragma unroll
     for (int i = 0; i < kTokens / 2; i += 2) {
       const int row = i / 2 % 2;
-      const float first = exp2_fast(scores[i] - row_max[row]), second = exp2_fast(scores[i + 1] - row_max[row]);
+      const float first = exp2_fast(scores[i] - row_max[row]),
+                  second = exp2_fast(scores[i + 1] - row_max[row]);
       row_sum[row] += first + second;
       probabilities[i / 8][i / 2 % 4] = pack2<T>(first, second);
     }
@@ -161,8 +161,8 @@ struct WarpgroupState {
   }
 
   // With one query token, or far from the edges, all rows see the same tokens.
-  static __device__ __forceinline__ void mask_edges(const AttentionParams& p, const BlockCursor& at, int token,
-                                                    float (&scores)[kTokens / 2]) {
+  static __device__ __forceinline__ void mask_edges(const AttentionParams& p, const BlockCursor& at,
+                                                    int token, float (&scores)[kTokens / 2]) {
     const int start = at.start() + token;
     const bool at_end = start + kTokens > at.length - p.num_query_tokens + 1;
     const bool at_window = p.window > 0 && start < at.length - p.window;
