@@ -74,6 +74,7 @@ inline float2 load_published(const float2* from) { return *from; }
 inline uint32_t smem_address(const void* p) { return emulator::shared_address(p); }
 
 inline void store_shared_16(uint32_t address, uint4 x) { std::memcpy(shared_pointer(address, 16), &x, 16); }
+inline void store_shared_4(uint32_t address, uint32_t x) { std::memcpy(shared_pointer(address, 4), &x, 4); }
 
 inline uint4 load_shared_16(uint32_t address) {
   uint4 x;
@@ -312,6 +313,7 @@ inline void copy_box_5d(uint32_t smem, const CUtensorMap& map, uint32_t barrier,
 
 // ------------------------------------------------------------------------------- products of a warpgroup
 
+inline void fence_async_proxy() {}
 inline void wgmma_fence() {}
 inline void wgmma_commit() {
   meet("wgmma.commit_group", ~0u, nullptr, [](void**) { current->warp->products.emplace_back(); });
@@ -339,18 +341,46 @@ void load_wgmma_rows(uint64_t matrix, int first, int count, F&& to) {
   }
 }
 
-// Takes effect when its group is waited for, or now if all before it have.
-template <class T, int count>
-inline void wgmma_64x16(float (&d)[count], uint64_t a, uint64_t b, int accumulate) {
-  float* own = d;
+// 16 rows and `columns` columns of the matrix that wgmma_rows() describes; to(row, column, element).
+template <class T, class F>
+void load_wgmma_columns(uint64_t matrix, int columns, F&& to) {
+  const uint32_t start = static_cast<uint32_t>(matrix & 0x3fff) << 4;
+  const uint32_t tile = static_cast<uint32_t>(matrix >> 16 & 0x3fff) << 4;
+  const uint32_t eight_rows = static_cast<uint32_t>(matrix >> 32 & 0x3fff) << 4;
+  if (matrix >> 62 != 1) fail("a matrix without the 128-byte swizzle");
+  for (int row = 0; row < 16; ++row) {
+    for (int column = 0; column < columns; column += 8) {
+      uint16_t x[8];
+      const uint32_t address =
+          start + column / 64 * tile + row / 8 * eight_rows + row % 8 * 128 + column % 64 * 2;
+      std::memcpy(x, shared_pointer(swizzled_address(address), 16), 16);
+      for (int i = 0; i < 8; ++i) to(row, column + i, to_float<T>(x[i]));
+    }
+  }
+}
+
+struct WgmmaOperands {
+  float* d;
+  const uint32_t* a;  // where it is in registers
+};
+
+// load_left(registers of the lanes, left) and load_right(right) bring the operands. Takes effect when its
+// group is waited for, or now if all before it have.
+template <int count, class Left, class Right>
+inline void multiply_warpgroup(float (&d)[count], const uint32_t* a, int accumulate, Left load_left,
+                               Right load_right) {
+  WgmmaOperands own{d, a};
   meet("wgmma", ~0u, &own, [=](void** operands) {
     std::array<float*, 32> lanes;
-    for (int lane = 0; lane < 32; ++lane) lanes[lane] = *static_cast<float**>(operands[lane]);
-    const int first_row = current->number / 32 % 4 * 16;
+    std::array<const uint32_t*, 32> registers;
+    for (int lane = 0; lane < 32; ++lane) {
+      lanes[lane] = static_cast<WgmmaOperands*>(operands[lane])->d;
+      registers[lane] = static_cast<WgmmaOperands*>(operands[lane])->a;
+    }
     const auto product = [=] {
       float left[16][16], right[16][2 * count], sums[16][2 * count];
-      load_wgmma_rows<T>(a, first_row, 16, [&](int row, int k, float x) { left[row][k] = x; });
-      load_wgmma_rows<T>(b, 0, 2 * count, [&](int row, int k, float x) { right[k][row] = x; });
+      load_left(registers, left);
+      load_right(right);
       const auto each = [&](auto&& f) {
         for (int lane = 0; lane < 32; ++lane) {
           for (int i = 0; i < count; ++i) {
@@ -368,6 +398,40 @@ inline void wgmma_64x16(float (&d)[count], uint64_t a, uint64_t b, int accumulat
     if (idle && emulator::coin()) return product();
     groups.back().effects.push_back(product);
   });
+}
+
+template <class T, int count>
+inline void wgmma_64x16(float (&d)[count], uint64_t a, uint64_t b, int accumulate) {
+  const int first_row = current->number / 32 % 4 * 16;
+  multiply_warpgroup(
+      d, nullptr, accumulate,
+      [=](const auto&, auto& left) {
+        load_wgmma_rows<T>(a, first_row, 16, [&](int row, int k, float x) { left[row][k] = x; });
+      },
+      [=](auto& right) {
+        load_wgmma_rows<T>(b, 0, 2 * count, [&](int row, int k, float x) { right[k][row] = x; });
+      });
+}
+
+template <class T, bool rows_b, int count>
+inline void wgmma_registers_64x16(float (&d)[count], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+  multiply_warpgroup(
+      d, a, accumulate,
+      [](const auto& registers, auto& left) {
+        for (int lane = 0; lane < 32; ++lane) {
+          for (int i = 0; i < 8; ++i) {
+            left[lane / 4 + i / 2 % 2 * 8][lane % 4 * 2 + i / 4 * 8 + i % 2] =
+                to_float<T>(registers[lane][i / 2] >> 16 * (i % 2) & 0xffffu);
+          }
+        }
+      },
+      [=](auto& right) {
+        if constexpr (rows_b) {
+          load_wgmma_columns<T>(b, 2 * count, [&](int k, int column, float x) { right[k][column] = x; });
+        } else {
+          load_wgmma_rows<T>(b, 0, 2 * count, [&](int row, int k, float x) { right[k][row] = x; });
+        }
+      });
 }
 
 }  // namespace fusedkv

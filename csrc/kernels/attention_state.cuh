@@ -17,7 +17,7 @@ struct SharedItem {
 
 template <class S>
 struct AttentionControl {
-  alignas(4) uint8_t visible[kMaxStages][S::kUnitTokens / 8];  // one bit a token: it may be seen
+  alignas(8) uint8_t visible[kMaxStages][S::kUnitTokens / 8];  // one bit a token: it may be seen
   float value_weights[S::kSources][S::D];                      // of the item
   SharedItem shared_item;
   alignas(16) float4 sums[S::kRows == 8 ? S::kThreads : 1];  // see combine()
@@ -93,6 +93,17 @@ __device__ __forceinline__ int value_channel(int d, int half) {
   return d * 16 + (sizeof(typename S::C) == 2 ? row + 8 * half : 2 * row + half);
 }
 
+// `weights`: of an item, as copy_item() leaves them.
+template <class S>
+__device__ __forceinline__ void keep_value_weights(const AttentionParams& p, AttentionControl<S>& control,
+                                                   const float* weights) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < S::kSources * S::D; i += S::kThreads) {
+    const bool given = p.value_weights && i / S::D < p.num_v_sources;
+    control.value_weights[i / S::D][i % S::D] = given ? weights[S::kSources * S::D + i] : 1.f;
+  }
+}
+
 // One warp's running result: 8 * kRowTiles query rows over all channels.
 template <class S>
 struct AttentionState {
@@ -109,11 +120,7 @@ struct AttentionState {
     const int lane = threadIdx.x % 32;
     const int first = threadIdx.x / 32 % S::kTeamWarps * S::kWarpRows;
     const float* const weights = reinterpret_cast<const float*>(stage + S::kWeightOffset);
-#pragma unroll 1
-    for (int i = threadIdx.x; i < S::kSources * S::D; i += S::kThreads) {
-      const bool given = p.value_weights && i / S::D < p.num_v_sources;
-      control.value_weights[i / S::D][i % S::D] = given ? weights[S::kSources * S::D + i] : 1.f;
-    }
+    keep_value_weights(p, control, weights);
 #pragma unroll
     for (int n = 0; n < S::kRowTiles; ++n) {
       const int row = first + n * 8 + lane / 4;

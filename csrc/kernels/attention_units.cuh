@@ -11,7 +11,7 @@
 namespace fusedkv {
 
 constexpr int kMaxStages = 6;
-constexpr int kRingAlignment = 256;  // the widest row
+constexpr int kRowAlignment = 256;  // the widest row
 
 // What the kernel gets: the op's arguments, and what the host derives from them once.
 struct AttentionParams : FusedAttentionParams {
@@ -26,13 +26,16 @@ struct AttentionParams : FusedAttentionParams {
 };
 
 // A unit is what a CTA loads at a time: one slice of tokens for each warp. A warp computes the attention of
-// 8 * row_tiles query rows; team_warps warps with rows of their own share the slices of all of them.
-template <class Compute, class Cache, int head_dim, int max_sources, int row_tiles, int team_warps>
+// 8 * row_tiles query rows; team_warps warps with rows of their own share the slices of all of them. With
+// `wgmma` a team is a warpgroup, and WarpgroupState does what AttentionState does for the others.
+template <class Compute, class Cache, int head_dim, int max_sources, int row_tiles, int team_warps,
+          bool wgmma = false>
 struct AttentionShape {
   using T = Compute;  // of the tensor-core operands: f16 or bf16
   using C = Cache;    // of the sources: T or e4m3
   static constexpr int D = head_dim, kSources = max_sources;
   static constexpr int kRowTiles = row_tiles, kTeamWarps = team_warps;
+  static constexpr bool kWgmma = wgmma;
   static constexpr int kRowBytes = D * sizeof(C), kRowChunks = kRowBytes / 16;
   static constexpr int kTokenBytes = 2 * kSources * kRowBytes;
   // Slices of 8 KB for 8 warps, so that a unit is 64 KB: what an SM must have in flight. A warp alone needs
@@ -48,15 +51,24 @@ struct AttentionShape {
   static constexpr int kTeamTokens = kTeamWarps * kSliceTokens;
   static constexpr int kStepTokens = kTeamTokens < 32 ? 16 : 32;  // that one step of the softmax takes
   static constexpr int kPlaneBytes = kUnitTokens * kRowBytes;     // of one source in a unit
+  // For wgmma a row lies in pieces of 128 bytes, each in a tile of its own.
+  static constexpr int kPieceBytes = kWgmma ? 128 : kRowBytes, kPieceChunks = kPieceBytes / 16;
+  static constexpr int kTileBytes = kUnitTokens * kPieceBytes;
   // A stage holds the planes of a unit and, where an item begins, its query rows and fusion weights.
   static constexpr int kQueryOffset = 2 * kSources * kPlaneBytes,
                        kWeightOffset = kQueryOffset + kRows * D * 2;
-  static constexpr int kStageBytes = kWeightOffset + 2 * kSources * D * 4;
+  static constexpr int kAlignment = kWgmma ? 1024 : kRowAlignment;
+  // Where the weighted queries of two wide sources would not fit into registers, they lie before the ring.
+  static constexpr bool kSharedQueries = kWgmma && kSources == 2 && D == 128;
+  static constexpr int kQueryTileBytes = 64 * 128;  // of 64 channels
+  static constexpr int kQueryBytes = kSharedQueries ? kSources * (D / 64) * kQueryTileBytes : 0;
+  static constexpr int kStageBytes =
+      (kWeightOffset + 2 * kSources * D * 4 + kAlignment - 1) / kAlignment * kAlignment;
   // A partial result, of a team or of a worker: query rows of D weighted sums, the maximum and the sum. The
   // four floats after the channels also make lanes that finish a tile fall into different banks.
   static constexpr int kPartialRow = D + 4, kPartialFloats = kRows * kPartialRow;
   static_assert(kTeams * kPartialFloats * 4 <= kStageBytes, "a stage is where the teams meet");
-  static_assert(kStageBytes % kRingAlignment == 0, "offsets in a row are XORed into whole addresses");
+  static_assert(!kWgmma || (team_warps == 4 && kWarps == 8 && kTeamTokens % 32 == 0 && sizeof(C) == 2));
 };
 
 // Where chunk 0 of a row goes: a row's 16-byte chunks are XORed with a number that differs between the rows
@@ -211,13 +223,16 @@ struct UnitLoader {
 
   static constexpr int kRowsAtOnce = 32 / S::kRowChunks, kCopies = S::kSliceTokens / kRowsAtOnce;
 
-  // Shared address of this lane's chunk of its i-th row; `own` is that of its first.
+  // Shared address of this lane's chunk of its i-th row; `own` is that of its first. Offsets in a row are
+  // XORed into whole addresses.
   static __device__ __forceinline__ uint32_t destination(uint32_t own, int i) {
-    return (own ^ row_swizzle<S::kRowChunks>(i * kRowsAtOnce) * 16) + i * kRowsAtOnce * S::kRowBytes;
+    return (own ^ row_swizzle<S::kPieceChunks>(i * kRowsAtOnce) * 16) + i * kRowsAtOnce * S::kPieceBytes;
   }
   static __device__ __forceinline__ uint32_t first_destination(const char* planes) {
     const int row = threadIdx.x / 32 * S::kSliceTokens + threadIdx.x % 32 / S::kRowChunks;
-    return smem_address(planes + swizzled<S::kRowChunks>(row, threadIdx.x % S::kRowChunks));
+    const int chunk = threadIdx.x % S::kRowChunks;
+    return smem_address(planes + chunk / S::kPieceChunks * S::kTileBytes +
+                        swizzled<S::kPieceChunks>(row, chunk % S::kPieceChunks));
   }
   static __device__ __forceinline__ void copy_chunk(uint32_t to, const C* from, bool valid) {
     constexpr int kFetch = S::kRowBytes < 128 ? 256 : 128;

@@ -14,6 +14,7 @@
 #include <bit>
 
 #include "attention_state.cuh"
+#include "attention_warpgroup.cuh"
 #include "common/device.h"
 #include "common/overlap.cuh"
 
@@ -29,8 +30,13 @@ __device__ __forceinline__ void fetch_parameters(const AttentionParams& p) {
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     fused_attention_kernel(const __grid_constant__ AttentionParams p) {
-  extern __shared__ __align__(kRingAlignment) char ring[];
+#ifndef __CUDA_ARCH_FEAT_SM90_ALL
+  if constexpr (S::kWgmma) return;  // has_wgmma() sees that there is nothing here
+#endif
+  extern __shared__ __align__(kRowAlignment) char shared[];
   __shared__ AttentionControl<S> control;
+  char* ring = shared;
+  if constexpr (S::kWgmma) ring += -smem_address(shared) % S::kAlignment + S::kQueryBytes;
 
   fetch_parameters(p);
   wait_for_previous_kernels();
@@ -54,7 +60,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   UnitLoader<S> loader(p, at, end - begin);
   if (threadIdx.x == 0) control.shared_item.parts = 0;
 
-  AttentionState<S> state;
+  std::conditional_t<S::kWgmma, WarpgroupState<S>, AttentionState<S>> state;
+  if constexpr (S::kSharedQueries) state.queries = smem_address(ring) - S::kQueryBytes;
   constexpr int kWhole = -1;
   int partial = kWhole;  // which of the worker's partial results the item becomes
   bool new_item = true;
@@ -76,6 +83,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       __syncthreads();
     } else if (reads) {
       wait_for_oldest(stages);
+      if constexpr (S::kWgmma) fence_async_proxy();
       // A new item: all have loaded their share of the queries, and left the stage where the teams met.
       new_item ? __syncthreads() : team_barrier<S>();
     }
@@ -89,6 +97,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     if (!reads) continue;
     if (stages == 1) {
       cp_async_wait<0>();
+      if constexpr (S::kWgmma) fence_async_proxy();
       __syncthreads();
     }
     char* const stage = ring + read_stage * S::kStageBytes;
@@ -121,6 +130,9 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   if (control.shared_item.parts > 0) merge_partials<S>(p, control);
 }
 
+// More rows go to wgmma where there is one: a team of warps with mma.sync reads its tokens once a warp.
+constexpr int kMostRowsWithoutWgmma = 16;
+
 struct AttentionLaunch {
   int stages, multiprocessors;
   size_t shared_bytes;
@@ -133,11 +145,21 @@ cudaError_t plan_attention_launch(AttentionLaunch& launch) {
   cudaError_t error = count_sms(launch.multiprocessors);
   if (error == cudaSuccess) error = device_attribute(per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   if (error != cudaSuccess) return error;
-  launch.stages = min(kMaxStages, (per_block - int(sizeof(AttentionControl<S>))) / S::kStageBytes);
+  constexpr int kBefore = S::kAlignment - kRowAlignment + S::kQueryBytes;  // the ring
+  launch.stages = min(kMaxStages, (per_block - kBefore - int(sizeof(AttentionControl<S>))) / S::kStageBytes);
   if (launch.stages < 1) return cudaErrorInvalidConfiguration;
-  launch.shared_bytes = launch.stages * S::kStageBytes;
+  launch.shared_bytes = kBefore + launch.stages * S::kStageBytes;
   return cudaFuncSetAttribute(fused_attention_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                               static_cast<int>(launch.shared_bytes));
+}
+
+// Whether the GPU would run the kernel and not return at once: only the code for sm_90a has shared variables,
+// and the driver chooses it on GPUs of compute capability 9.0 alone.
+template <class S>
+bool has_wgmma() {
+  cudaFuncAttributes compiled;
+  return cudaFuncGetAttributes(&compiled, fused_attention_kernel<S>) == cudaSuccess &&
+         compiled.sharedSizeBytes > 0;
 }
 
 // Calls f with the shape that fits the number of sources and of query rows.
@@ -145,6 +167,15 @@ template <class T, class C, int D, class F>
 auto dispatch_attention_shape(const FusedAttentionParams& params, F&& f) {
   const int rows = params.num_q_heads / params.num_kv_heads * params.num_query_tokens;
   const auto with_rows = [&]<int kSources>() {
+    if constexpr (sizeof(C) == 2) {
+      using Narrow = AttentionShape<T, C, D, kSources, 1, 4, true>;
+      using Wide = AttentionShape<T, C, D, kSources, 2, 4, true>;
+      // Two sources on one side only stay where they were: wgmma in a branch is not asynchronous.
+      const bool same_sources = params.num_k_sources == params.num_v_sources;
+      if (rows > kMostRowsWithoutWgmma && same_sources && has_wgmma<Wide>()) {
+        return rows <= Narrow::kRows ? f(Narrow{}) : f(Wide{});
+      }
+    }
     if (rows <= 8) return f(AttentionShape<T, C, D, kSources, 1, 1>{});
     // Two tiles with two wide sources spill registers: up to 32 rows, more warps share them instead.
     constexpr bool kWide = kSources == 2 && D == 128 && sizeof(C) == 2;

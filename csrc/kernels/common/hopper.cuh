@@ -18,6 +18,10 @@ __device__ __forceinline__ void store_shared_16(uint32_t address, uint4 x) {
                : "memory");
 }
 
+__device__ __forceinline__ void store_shared_4(uint32_t address, uint32_t x) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+
 __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
   uint4 x;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -130,6 +134,12 @@ __device__ __forceinline__ void copy_box_5d(uint32_t smem, const CUtensorMap& ma
 
 // ------------------------------------------------------------------------------------------------- wgmma
 
+// What this thread has written to shared memory, cp.async that it has waited for included, is there for wgmma
+// and copies that are issued after this and after a barrier.
+__device__ __forceinline__ void fence_async_proxy() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // Rows of 64 16-bit elements as a copy with the 128-byte swizzle leaves them: 1024 bytes every eight rows, at
 // an address that is a multiple of 1024. Columns 16 and on are at the descriptor + 2, and so forth: the
 // swizzle is a function of the address, so that a matrix may start inside it.
@@ -137,6 +147,13 @@ __device__ __forceinline__ uint64_t wgmma_matrix(uint32_t smem) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{1024 >> 4} << 32;
   constexpr uint64_t kUnused = uint64_t{1} << 16;  // the other stride: the swizzle implies it
   return kSwizzle128 | kEightRows | kUnused | smem >> 4;
+}
+
+// The same rows as a right operand that is not transposed: 16 rows, with as many columns as they have. They
+// lie in tiles of 64 columns, each that many bytes after the one before.
+__device__ __forceinline__ uint64_t wgmma_rows(uint32_t smem, int tile_bytes) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{1024 >> 4} << 32;
+  return kSwizzle128 | kEightRows | uint64_t(tile_bytes >> 4) << 16 | smem >> 4;
 }
 
 // The tensor cores own the accumulators from this fence until wgmma_wait.
@@ -184,12 +201,21 @@ __device__ __forceinline__ void fence_registers(float (&d)[count]) {
                "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" numbers "}, "   \
                a_number ", " b_number ", p, 1, 1, 0, 0;}"                                                \
                : __VA_ARGS__ : "l"(a), "l"(b), "r"(accumulate))
-#define FUSEDKV_WGMMA_OF_T(columns, ...)              \
+#define FUSEDKV_WGMMA_REGISTERS(columns, type, numbers, a_numbers, b_number, accumulate_number,          \
+                                transposes_number, ...)                                                  \
+  asm volatile("{.reg .pred p; setp.ne.b32 p, " accumulate_number ", 0;"                                 \
+               "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" numbers "}, {"  \
+               a_numbers "}, " b_number ", p, 1, 1, " transposes_number ";}"                             \
+               : __VA_ARGS__                                                                             \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(rows_b))
+#define FUSEDKV_OF_T(product, columns, ...)           \
   if constexpr (std::is_same_v<T, f16>) {             \
-    FUSEDKV_WGMMA(columns, "f16", __VA_ARGS__);       \
+    product(columns, "f16", __VA_ARGS__);             \
   } else {                                            \
-    FUSEDKV_WGMMA(columns, "bf16", __VA_ARGS__);      \
+    product(columns, "bf16", __VA_ARGS__);            \
   }
+#define FUSEDKV_WGMMA_OF_T(...) FUSEDKV_OF_T(FUSEDKV_WGMMA, __VA_ARGS__)
+#define FUSEDKV_WGMMA_REGISTERS_OF_T(...) FUSEDKV_OF_T(FUSEDKV_WGMMA_REGISTERS, __VA_ARGS__)
 // clang-format on
 
 // d[64 x 2 * count] (+)= a[64 x 16] * b[2 * count x 16]^T, asynchronously, by a warpgroup; overwrites d when
@@ -211,7 +237,28 @@ __device__ __forceinline__ void wgmma_64x16(float (&d)[count], uint64_t a, uint6
   }
 }
 
+// The same with the left operand in registers, as mma_16x8x16 has it, of the warp's 16 rows. They must stay
+// as they are until the wait. rows_b: b is what wgmma_rows() describes.
+template <class T, bool rows_b, int count>
+__device__ __forceinline__ void wgmma_registers_64x16(float (&d)[count], const uint32_t (&a)[4], uint64_t b,
+                                                      int accumulate) {
+  static_assert(count == 16 || count == 32 || count == 64);
+  if constexpr (count == 16) {
+    FUSEDKV_WGMMA_REGISTERS_OF_T("32", FUSEDKV_REGISTERS_16, "%16,%17,%18,%19", "%20", "%21", "%22",
+                                 FUSEDKV_16(d, 0))
+  } else if constexpr (count == 32) {
+    FUSEDKV_WGMMA_REGISTERS_OF_T("64", FUSEDKV_REGISTERS_32, "%32,%33,%34,%35", "%36", "%37", "%38",
+                                 FUSEDKV_32(d, 0))
+  } else {
+    FUSEDKV_WGMMA_REGISTERS_OF_T("128", FUSEDKV_REGISTERS_64, "%64,%65,%66,%67", "%68", "%69", "%70",
+                                 FUSEDKV_64(d, 0))
+  }
+}
+
+#undef FUSEDKV_WGMMA_REGISTERS_OF_T
 #undef FUSEDKV_WGMMA_OF_T
+#undef FUSEDKV_OF_T
+#undef FUSEDKV_WGMMA_REGISTERS
 #undef FUSEDKV_WGMMA
 #undef FUSEDKV_128
 #undef FUSEDKV_64
