@@ -13,6 +13,11 @@ namespace fusedkv {
 constexpr int kMaxStages = 6;
 constexpr int kRowAlignment = 256;  // the widest row
 
+// Strides of the caches of one side in bytes, where they fit: 64-bit products are several instructions.
+struct ByteStrides {
+  uint32_t page, token, head;
+};
+
 // What the kernel gets: the op's arguments, and what the host derives from them once.
 struct AttentionParams : FusedAttentionParams {
   int group;          // query heads of a key/value head
@@ -23,6 +28,8 @@ struct AttentionParams : FusedAttentionParams {
   int stages;         // of the ring
   float* partials;    // two for each worker: of the item it begins in, and of the one it ends in
   int partial_words;  // from one to the next
+  bool in_slices;     // the tokens of a warp's slice lie in one page, and the strides are these
+  ByteStrides k_strides, v_strides;
 };
 
 // A unit is what a CTA loads at a time: one slice of tokens for each warp. A warp computes the attention of
@@ -162,9 +169,10 @@ template <class S>
 struct UnitLoader {
   using C = typename S::C;
   BlockCursor at;
-  int left;              // blocks
-  bool new_item = true;  // the unit is the first of its item, or of the worker
-  int page, offset_in_page;
+  int left;                  // blocks
+  bool new_item = true;      // the unit is the first of its item, or of the worker
+  bool inside;               // the lane's token may be seen, if its page is in the cache
+  int page, offset_in_page;  // of the slice's first token where it lies in one page, else of the lane's token
 
   __device__ UnitLoader(const AttentionParams& p, const BlockCursor& start, int blocks)
       : at(start), left(blocks) {
@@ -174,7 +182,7 @@ struct UnitLoader {
   // Issues the copies of the unit here and moves to the next.
   __device__ __forceinline__ void load_unit(const AttentionParams& p, char* stage, uint8_t* visible) {
     const UnitLoader unit = *this;
-    const uint32_t mask = __ballot_sync(~0u, index_is_inside(page, p.cache.num_pages));
+    const uint32_t mask = __ballot_sync(~0u, inside && index_is_inside(page, p.cache.num_pages));
     const int count = at.unit_blocks<S>(left);
     left -= count;
     if (left > 0) {
@@ -187,37 +195,33 @@ struct UnitLoader {
 
  private:
   __device__ void look_up(const AttentionParams& p) {
-    const int token = threadIdx.x / 32 * S::kSliceTokens + threadIdx.x % S::kSliceTokens;
-    const unsigned position = at.start() + token, page_size = p.cache.page_size;
-    const bool inside = token < at.unit_blocks<S>(left) * kBlockTokens && position < unsigned(at.length) &&
-                        position >= unsigned(at.first);
+    const int slice = threadIdx.x / 32 * S::kSliceTokens, token = slice + threadIdx.x % S::kSliceTokens;
+    const int start = at.start(), end = min(at.unit_blocks<S>(left) * kBlockTokens, at.length - start);
+    inside = token < end && start + token >= at.first;
+    const int paged = p.in_slices ? slice : token;
+    const unsigned position = start + paged, page_size = p.cache.page_size;
     const unsigned entry = p.page_shift >= 0 ? position >> p.page_shift : position / page_size;
     offset_in_page = position - entry * page_size;
     page = -1;
-    if (inside) page = p.block_table[at.seq * p.block_table_stride + entry];
+    if (paged < end) page = p.block_table[at.seq * p.block_table_stride + entry];
   }
 
   __device__ __forceinline__ void issue(const AttentionParams& p, char* stage, uint8_t* visible,
                                         uint32_t mask) const {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int64_t head = at.head;
     if (lane == 0) {
       if constexpr (S::kSliceTokens == 32) reinterpret_cast<uint32_t*>(visible)[warp] = mask;
       if constexpr (S::kSliceTokens == 16) reinterpret_cast<uint16_t*>(visible)[warp] = mask;
       if constexpr (S::kSliceTokens == 8) visible[warp] = mask;
     }
     if (new_item) copy_item(p, stage);
-    if (p.cache.page_size % S::kSliceTokens == 0) {
-      // The slice lies in one page: its rows are at equal distances. Take the page from a token that has one.
-      const int token = mask == 0 ? 0 : __ffs(mask) - 1;
-      const int64_t row_page = mask == 0 ? 0 : __shfl_sync(~0u, page, token);
-      const int64_t offset = mask == 0 ? 0 : __shfl_sync(~0u, offset_in_page, token) - token;
-      copy_slice(p.k_sources, p.num_k_sources, row_page, offset, head, mask, stage);
-      copy_slice(p.v_sources, p.num_v_sources, row_page, offset, head, mask,
-                 stage + S::kSources * S::kPlaneBytes);
+    char* const values = stage + S::kSources * S::kPlaneBytes;
+    if (p.in_slices) {
+      copy_slice(p.k_sources, p.num_k_sources, p.k_strides, mask, stage);
+      copy_slice(p.v_sources, p.num_v_sources, p.v_strides, mask, values);
     } else {
-      copy_rows(p.k_sources, p.num_k_sources, head, mask, stage);
-      copy_rows(p.v_sources, p.num_v_sources, head, mask, stage + S::kSources * S::kPlaneBytes);
+      copy_rows(p.k_sources, p.num_k_sources, mask, stage);
+      copy_rows(p.v_sources, p.num_v_sources, mask, values);
     }
   }
 
@@ -234,42 +238,42 @@ struct UnitLoader {
     return smem_address(planes + chunk / S::kPieceChunks * S::kTileBytes +
                         swizzled<S::kPieceChunks>(row, chunk % S::kPieceChunks));
   }
-  static __device__ __forceinline__ void copy_chunk(uint32_t to, const C* from, bool valid) {
+  static __device__ __forceinline__ void copy_chunk(uint32_t to, const void* from, bool valid) {
     constexpr int kFetch = S::kRowBytes < 128 ? 256 : 128;
     cp_async_16<kFetch>(to, from, valid);
   }
 
-  __device__ __forceinline__ void copy_slice(const PagedCache (&sources)[2], int count, int64_t row_page,
-                                             int64_t offset, int64_t head, uint32_t mask,
-                                             char* planes) const {
-    const int row = threadIdx.x % 32 / S::kRowChunks, chunk = threadIdx.x % S::kRowChunks;
-    const PagedCache& layout = sources[0];  // sources of one side share their strides
-    const int64_t from = row_page * layout.page_stride + (offset + row) * layout.token_stride +
-                         head * layout.head_stride + chunk * (16 / sizeof(C));
-    const uint32_t to = first_destination(planes);
+  // The rows of a slice that lies in one page are at equal distances.
+  __device__ __forceinline__ void copy_slice(const PagedCache (&sources)[2], int count,
+                                             const ByteStrides& strides, uint32_t mask, char* planes) const {
+    const unsigned row = threadIdx.x % 32 / S::kRowChunks, chunk = threadIdx.x % S::kRowChunks;
+    const auto product = [](unsigned a, unsigned b) { return uint64_t{a} * b; };  // one instruction
+    const uint64_t from = product(mask ? page : 0, strides.page) + product(at.head, strides.head) +
+                          product(offset_in_page + row, strides.token) + chunk * 16;
+    const uint32_t to = first_destination(planes), valid = mask >> row;
 #pragma unroll
     for (int s = 0; s < S::kSources; ++s) {
       if (s > 0 && count == 1) break;
-      const C* source = static_cast<const C*>(sources[s].data) + from;
+      const char* const source = static_cast<const char*>(sources[s].data) + from;
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {
-        copy_chunk(destination(to, i) + s * S::kPlaneBytes, source, mask >> (row + i * kRowsAtOnce) & 1);
-        source += kRowsAtOnce * layout.token_stride;
+        copy_chunk(destination(to, i) + s * S::kPlaneBytes, source + product(strides.token, i * kRowsAtOnce),
+                   valid >> i * kRowsAtOnce & 1);
       }
     }
   }
 
-  __device__ __forceinline__ void copy_rows(const PagedCache (&sources)[2], int count, int64_t head,
-                                            uint32_t mask, char* planes) const {
+  __device__ __forceinline__ void copy_rows(const PagedCache (&sources)[2], int count, uint32_t mask,
+                                            char* planes) const {
     const int lane = threadIdx.x % 32;
-    const PagedCache& layout = sources[0];
-    const bool inside = mask >> lane % S::kSliceTokens & 1;
-    const int64_t own = inside ? page * layout.page_stride + offset_in_page * layout.token_stride : 0;
+    const PagedCache& layout = sources[0];  // sources of one side share their strides
+    const bool visible = mask >> lane % S::kSliceTokens & 1;
+    const int64_t own = visible ? page * layout.page_stride + offset_in_page * layout.token_stride : 0;
     const uint32_t to = first_destination(planes);
 #pragma unroll 1
     for (int i = 0; i < kCopies; ++i) {
       const int row = i * kRowsAtOnce + lane / S::kRowChunks;
-      const int64_t from = __shfl_sync(~0u, own, row) + head * layout.head_stride +
+      const int64_t from = __shfl_sync(~0u, own, row) + at.head * layout.head_stride +
                            threadIdx.x % S::kRowChunks * (16 / sizeof(C));
 #pragma unroll 1
       for (int s = 0; s < count; ++s) {

@@ -1,4 +1,4 @@
-// What attention_state.cuh does for teams of warps, for a team that is a warpgroup: Hopper's wgmma, from 17
+// What attention_state.cuh does for teams of warps, for a team that is a warpgroup: Hopper's wgmma, from 33
 // query rows on and for sources in 16 bits, as many of keys as of values.
 //
 // The four warps have 16 rows each, and their tensor cores read every key and value from shared memory once
@@ -22,7 +22,7 @@ struct WarpgroupState {
   float row_max[2], row_sum[2];  // as in AttentionState
   static constexpr float kMaxLag = 8.f;
 
-  // The warp's first row. A warp beyond the last row does what another one does, and leaves nothing.
+  // The warp's first row.
   static __device__ __forceinline__ int first_row() { return threadIdx.x / 32 % 4 * 16; }
 
   __device__ void start(const AttentionParams& p, AttentionControl<S>& control, const char* stage) {
@@ -33,7 +33,7 @@ struct WarpgroupState {
     for (int k = 0; k < S::D / 16; ++k) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int row = first_row() % S::kRows + lane / 4 + i % 2 * 8;
+        const int row = first_row() + lane / 4 + i % 2 * 8;
         const int channel = k * 16 + i / 2 * 8 + lane % 4 * 2;
         const float2 q = unpack2<T>(*reinterpret_cast<const uint32_t*>(
             stage + S::kQueryOffset + swizzled<S::D / 8>(row, channel / 8) + channel % 8 * 2));
@@ -182,7 +182,6 @@ struct WarpgroupState {
 
   __device__ void finish(const AttentionControl<S>& control, char* stage) {
     const int lane = threadIdx.x % 32;
-    if (first_row() >= S::kRows) return;
     float* const partial = reinterpret_cast<float*>(stage) + threadIdx.x / 128 * S::kPartialFloats;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {

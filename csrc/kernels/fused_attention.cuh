@@ -130,8 +130,9 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   if (control.shared_item.parts > 0) merge_partials<S>(p, control);
 }
 
-// More rows go to wgmma where there is one: a team of warps with mma.sync reads its tokens once a warp.
-constexpr int kMostRowsWithoutWgmma = 16;
+// More rows go to wgmma where there is one: a team of warps with mma.sync reads its tokens once a warp. For
+// fewer of them mma.sync is faster, because its warps wait for nobody.
+constexpr int kMostRowsWithoutWgmma = 32;
 
 struct AttentionLaunch {
   int stages, multiprocessors;
@@ -168,13 +169,10 @@ auto dispatch_attention_shape(const FusedAttentionParams& params, F&& f) {
   const int rows = params.num_q_heads / params.num_kv_heads * params.num_query_tokens;
   const auto with_rows = [&]<int kSources>() {
     if constexpr (sizeof(C) == 2) {
-      using Narrow = AttentionShape<T, C, D, kSources, 1, 4, true>;
-      using Wide = AttentionShape<T, C, D, kSources, 2, 4, true>;
+      using Warpgroups = AttentionShape<T, C, D, kSources, 2, 4, true>;
       // Two sources on one side only stay where they were: wgmma in a branch is not asynchronous.
       const bool same_sources = params.num_k_sources == params.num_v_sources;
-      if (rows > kMostRowsWithoutWgmma && same_sources && has_wgmma<Wide>()) {
-        return rows <= Narrow::kRows ? f(Narrow{}) : f(Wide{});
-      }
+      if (rows > kMostRowsWithoutWgmma && same_sources && has_wgmma<Warpgroups>()) return f(Warpgroups{});
     }
     if (rows <= 8) return f(AttentionShape<T, C, D, kSources, 1, 1>{});
     // Two tiles with two wide sources spill registers: up to 32 rows, more warps share them instead.
@@ -185,6 +183,17 @@ auto dispatch_attention_shape(const FusedAttentionParams& params, F&& f) {
   };
   if (params.num_k_sources == 1 && params.num_v_sources == 1) return with_rows.template operator()<1>();
   return with_rows.template operator()<2>();
+}
+
+// False where one of the strides does not fit.
+template <class C>
+bool byte_strides(const PagedCache& cache, int page_size, ByteStrides& strides) {
+  const auto fits = [](int64_t elements, int times) {
+    return elements >= 0 && elements < (int64_t{1} << 31) / int64_t(sizeof(C)) / times;
+  };
+  strides = {uint32_t(cache.page_stride * sizeof(C)), uint32_t(cache.token_stride * sizeof(C)),
+             uint32_t(cache.head_stride * sizeof(C))};
+  return fits(cache.page_stride, 1) && fits(cache.token_stride, page_size) && fits(cache.head_stride, 1);
 }
 
 template <class T, class C, int D>
@@ -198,7 +207,7 @@ cudaError_t launch_attention(const FusedAttentionParams& params, cudaStream_t st
     const int row_blocks = num_row_blocks(params.num_q_heads, params.num_kv_heads, params.num_query_tokens);
     const int head_rows = params.num_kv_heads * row_blocks;
     const bool shifts = std::has_single_bit(static_cast<unsigned>(page_size));
-    const AttentionParams p{
+    AttentionParams p{
         params,
         group,
         row_blocks,
@@ -209,6 +218,9 @@ cudaError_t launch_attention(const FusedAttentionParams& params, cudaStream_t st
         reinterpret_cast<float*>(params.schedule + counts_in_schedule(params.batch)),
         words_of_partial(params.num_query_tokens, params.num_q_heads, params.num_kv_heads),
     };
+    p.in_slices = page_size % S::kSliceTokens == 0 &&
+                  byte_strides<C>(p.k_sources[0], page_size, p.k_strides) &&
+                  byte_strides<C>(p.v_sources[0], page_size, p.v_strides);
     const dim3 grid = attention_grid(launch.multiprocessors, head_rows);
     return launch_overlapping(fused_attention_kernel<S>, grid, S::kThreads, launch.shared_bytes, stream, p);
   });
