@@ -314,6 +314,9 @@ inline void copy_box_5d(uint32_t smem, const CUtensorMap& map, uint32_t barrier,
   copy_box(smem, map, barrier, ctas == 1 ? 0 : (1 << ctas) - 1, {x0, x1, x2, x3, x4});
 }
 
+inline void fetch_box_2d(const CUtensorMap&, int, int) {}
+inline void fetch_box_5d(const CUtensorMap&, int, int, int, int, int) {}
+
 // ------------------------------------------------------------------------------- products of a warpgroup
 
 inline void wgmma_fence() {}

@@ -108,6 +108,20 @@ struct HopperProjection {
 
   // ------------------------------------------------------------------------------------------- one thread
 
+  // Before the kernels before this one have ended: asks the L2 for what the first stages will hold.
+  __device__ __forceinline__ void fetch_first(const CUtensorMap& x_map, const CUtensorMap& weight_map) const {
+    constexpr int kBoxes = kWeightBoxes / kHopperCtas;
+    const int first_box = blockIdx.x % kHopperCtas * kBoxes;
+    const HopperTurn turn(tiles, 0);
+    for (int k = 0; k < min(k_tiles, Tile::kStages); ++k) {
+      fetch_box_2d(x_map, k * kHopperDepth, turn.row);
+#pragma unroll
+      for (int pair = 0; pair < kBoxes; ++pair) {
+        fetch_box_5d(weight_map, k * kHopperDepth, 0, first_box + pair, 0, turn.col_tile * (kCols / 32));
+      }
+    }
+  }
+
   // A stage is empty when all warps that read it, in both CTAs of the cluster, have said so: each CTA writes
   // into the other's stage.
   __device__ __forceinline__ void copy(const CUtensorMap& x_map, const CUtensorMap& weight_map) const {
@@ -236,10 +250,24 @@ struct HopperProjection {
     return token;
   }
 
+  // Nothing is multiplied while the last tile's heads are finished, so that what this needs should be in the
+  // L2 by then. The three warps have the time.
+  __device__ __forceinline__ void fetch_angles(const HopperTurn& turn) const {
+    if (HeadId(p.heads, turn.col_tile * kHeads).kind == HeadKind::kValue) return;
+    for (int row = static_cast<int>(threadIdx.x) - 32; row < kHopperRows; row += 96) {
+      const int64_t index = turn.row + row;
+      const int64_t position = index < p.num_tokens ? load_position(p.heads, index) : -1;
+      if (position < 0) continue;
+#pragma unroll
+      for (int i = 0; i < D; i += 32) prefetch_l2(p.heads.cos_sin + position * D + i);
+    }
+  }
+
   // Four lanes have a row's heads, as HeadParts 4 * part + lane; a warp has eight rows at once.
   __device__ __forceinline__ void finish(int number) const {
     const HopperTurn turn(tiles, number);
     const bool is_last = number == turns - 1;
+    if (is_last && threadIdx.x < 128) fetch_angles(turn);
     const int first_row = (static_cast<int>(threadIdx.x) / 32 - 1) * 8, row_step = (is_last ? 11 : 3) * 8;
     HopperToken token = look_up(turn, first_row);
     const int lane = threadIdx.x % 4;
@@ -341,6 +369,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     for (int i = 0; i < 2; ++i) mbarrier_init(projection.ready + 8 * i, 4);
     mbarrier_init(projection.free, 3);
     fence_mbarrier_init();
+    projection.fetch_first(x_map, weight_map);
   }
   cluster_arrive();  // no CTA touches the other's barriers before they exist
   cluster_wait();

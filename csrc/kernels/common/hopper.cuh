@@ -145,6 +145,17 @@ __device__ __forceinline__ void copy_box_5d(uint32_t smem, const CUtensorMap& ma
   }
 }
 
+// Ask the L2 for a box.
+__device__ __forceinline__ void fetch_box_2d(const CUtensorMap& map, int x, int y) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(&map), "r"(x), "r"(y)
+               : "memory");
+}
+__device__ __forceinline__ void fetch_box_5d(const CUtensorMap& map, int x0, int x1, int x2, int x3, int x4) {
+  asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];" ::"l"(&map),
+               "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(x4)
+               : "memory");
+}
+
 // ------------------------------------------------------------------------------------------------- wgmma
 
 // Rows of 64 16-bit elements as a copy with the 128-byte swizzle leaves them: 1024 bytes every eight rows, at
