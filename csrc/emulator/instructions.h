@@ -71,7 +71,9 @@ inline uint32_t smem_address(const void* p) { return emulator::shared_address(p)
 
 inline void store_shared_16(uint32_t address, uint4 x) { std::memcpy(shared_pointer(address, 16), &x, 16); }
 
-inline void store_shared_floats(uint32_t address, float4 x) { std::memcpy(shared_pointer(address, 16), &x, 16); }
+inline void store_shared_floats(uint32_t address, float4 x, bool valid) {
+  if (valid) std::memcpy(shared_pointer(address, 16), &x, 16);
+}
 
 inline uint4 load_shared_16(uint32_t address) {
   uint4 x;

@@ -30,7 +30,7 @@ constexpr int kFewProductThreads = 128;    // the first
 constexpr int kFewCopyWarp = 7;            // the last
 constexpr int kFewMaxCluster = 8;          // what every GPU with clusters takes
 constexpr int kFewSmemBytes = 226 * 1024;  // an SM's: the more is asked for, the sooner the weight is there
-constexpr int kFewStagger = 2;              // tiles: 256 bytes are what the L2 reads at once
+constexpr int kFewStagger = 2;             // tiles: 256 bytes are what the L2 reads at once
 constexpr int kFewStride = kFewRows + 4;   // floats of a token's partial sums: banks differ between tokens
 
 // kTokens: a capacity.
@@ -50,23 +50,27 @@ struct FewTokens {
   static_assert(kStages >= 2 && kSmemBytes <= kFewSmemBytes);
 };
 
-// A cluster: CTA sharer * ranks + rank. Divisions are the host's: they would be a good part of what a CTA
-// runs.
+// A cluster: ranks in x, in y the tiles of the weight's rows that share copies of x, a power of two.
+// Divisions are the host's: they would be a good part of what a CTA runs.
 struct FewSplit {
-  int ranks, sharers;           // sharers: tiles of the weight's rows, which share copies of x
+  int ranks, sharers, sharer_bits;
   int tiles, longer;            // of the contraction, a rank: one more below rank `longer`
   int owned, inverse_of_owned;  // tokens of a tile that a rank finishes
+  int start_mask;               // of the tile that a cluster starts with
   unsigned rank_0;              // the CTAs of rank 0, as bits
 
   // tokens: of a tile, at most.
-  __host__ FewSplit(int ranks, int sharers, int k_tiles, int tokens)
+  __host__ FewSplit(int ranks, int sharer_bits, int k_tiles, int tokens)
       : ranks(ranks),
-        sharers(sharers),
+        sharers(1 << sharer_bits),
+        sharer_bits(sharer_bits),
         tiles(k_tiles / ranks),
         longer(k_tiles % ranks),
         owned((tokens + ranks - 1) / ranks),
         inverse_of_owned(65536 / owned + 1),
+        start_mask(0),
         rank_0(0) {
+    while (2 * start_mask + 2 <= tiles) start_mask = 2 * start_mask + 1;
     for (int i = 0; i < sharers; ++i) rank_0 |= 1u << i * ranks;
   }
   __device__ __forceinline__ int first_tile(int rank) const { return rank * tiles + min(rank, longer); }
@@ -83,12 +87,11 @@ struct FewProjection {
   const RopeKeyProjectionParams& p;
   const FewSplit& split;
   const uint32_t ring;
-  const int sharer = blockIdx.x >= split.ranks ? static_cast<int>(blockIdx.x) / split.ranks : 0;
-  const int rank = static_cast<int>(blockIdx.x) - sharer * split.ranks;
-  const int row_tile = static_cast<int>(blockIdx.y) * split.sharers + sharer;
+  const int rank = blockIdx.x, row_tile = blockIdx.y;
+  const int sharer = row_tile & (split.sharers - 1);
   const int64_t token0 = int64_t{blockIdx.z} * kTokens;
   // Clusters start at different tiles of x, so that they do not ask for the same columns at the same time.
-  const int start = static_cast<int>(blockIdx.y) * kFewStagger % split.num_tiles(rank);
+  const int start = (row_tile >> split.sharer_bits) * kFewStagger & split.start_mask;
 
   __device__ __forceinline__ uint32_t full(int stage) const { return ring + Shape::kFullOffset + 8 * stage; }
   __device__ __forceinline__ uint32_t empty(int stage) const {
@@ -118,7 +121,7 @@ struct FewProjection {
 
   // One warp: loops that all its threads run cost fewer instructions than those of a single one.
   __device__ __forceinline__ void copy(const CUtensorMap& x_map, const CUtensorMap& weight_map) const {
-    const int num_tiles = split.num_tiles(rank), part = kTokens / split.sharers;
+    const int num_tiles = split.num_tiles(rank), part = kTokens >> split.sharer_bits;
     const uint32_t x = ring + Shape::kWeightBytes + sharer * part * (kFewDepth * 2);
     const int token = static_cast<int>(token0) + sharer * part;
     int tile = start;
@@ -197,7 +200,7 @@ struct FewProjection {
         const bool is_own = owner == rank, is_token = token < num_tokens();
         store_in_cluster(address_in_cluster(at, cta_of(owner)), address_in_cluster(arrived(), cta_of(owner)),
                          part, is_token && !is_own);
-        if (is_token && is_own) store_shared_floats(at, part);
+        store_shared_floats(at, part, is_token && is_own);
       }
     }
     __syncwarp();
@@ -254,7 +257,7 @@ struct FewProjection {
   }
 };
 
-// A cluster is a row of the grid; z: tiles of tokens.
+// The grid: ranks, tiles of the weight's rows, tiles of tokens.
 template <class T, int D, int kTokens>
 __global__ void __launch_bounds__(kFewThreads, 1)
     rope_key_projection_few_kernel(const __grid_constant__ RopeKeyProjectionParams p,
@@ -310,19 +313,19 @@ cudaError_t launch_few_tokens_tile(const RopeKeyProjectionParams& p, cudaStream_
   const int k_tiles = (p.hidden + kFewDepth - 1) / kFewDepth;
   // Not all SMs: a cluster needs those of one GPC, and GPCs have some to spare. More would also exchange more
   // partial sums.
-  const int ranks =
-      std::clamp(sms * 3 / 4 / (row_tiles * token_tiles), 1, std::min(kFewMaxCluster, k_tiles));
+  const int ranks = std::clamp(sms * 3 / 4 / (row_tiles * token_tiles), 1, std::min(kFewMaxCluster, k_tiles));
   // Of whole groups of eight tokens, which is what the swizzle repeats after.
-  int sharers = 1;
-  while (2 * sharers * ranks <= kFewMaxCluster && kTokens / sharers >= 16 && row_tiles % (2 * sharers) == 0) {
-    sharers *= 2;
+  int sharer_bits = 0;
+  while ((2 * ranks << sharer_bits) <= kFewMaxCluster && kTokens >> sharer_bits >= 16 &&
+         row_tiles % (2 << sharer_bits) == 0) {
+    ++sharer_bits;
   }
 
   CUtensorMap x_map, weight_map;
   // The stride of a single row may be anything.
   const cuuint64_t x_stride = tokens == 1 ? hidden : cuuint64_t(p.x_stride);
   error = encode_tensor_map<T, 2>(x_map, p.x, {hidden, tokens}, {x_stride},
-                                  {kFewDepth, static_cast<cuuint32_t>(kTokens / sharers)});
+                                  {kFewDepth, cuuint32_t{kTokens} >> sharer_bits});
   if (error != cudaSuccess) return error;
   // The weight's rows as [cols / 32, 8, 2, 2], which a box reads as [2, cols / 32, 2, 8]: see send().
   error = encode_tensor_map<T, 5>(weight_map, p.weight, {hidden, 8, 2, cols / 32, 2},
@@ -333,10 +336,9 @@ cudaError_t launch_few_tokens_tile(const RopeKeyProjectionParams& p, cudaStream_
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSmemBytes);
   if (error != cudaSuccess) return error;
   const int in_tile = static_cast<int>(std::min(tokens, cuuint64_t{kTokens}));
-  return launch_overlapping_clusters(kernel, ranks * sharers,
-                                     dim3(ranks * sharers, row_tiles / sharers, token_tiles), kFewThreads,
-                                     Shape::kSmemBytes, stream, p, x_map, weight_map,
-                                     FewSplit(ranks, sharers, k_tiles, in_tile));
+  return launch_overlapping_clusters(
+      kernel, dim3(ranks, 1 << sharer_bits), dim3(ranks, row_tiles, token_tiles), kFewThreads,
+      Shape::kSmemBytes, stream, p, x_map, weight_map, FewSplit(ranks, sharer_bits, k_tiles, in_tile));
 }
 
 // Up to 64 tokens, and more where columns are so few that the tiles of the kernel for many tokens would leave

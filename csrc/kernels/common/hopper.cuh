@@ -18,10 +18,12 @@ __device__ __forceinline__ void store_shared_16(uint32_t address, uint4 x) {
                : "memory");
 }
 
-__device__ __forceinline__ void store_shared_floats(uint32_t address, float4 x) {
-  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x.x), "f"(x.y), "f"(x.z),
-               "f"(x.w)
-               : "memory");
+// If `valid`; no branch.
+__device__ __forceinline__ void store_shared_floats(uint32_t address, float4 x, bool valid) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %5, 0; @p st.shared.v4.f32 [%0], {%1, %2, %3, %4};}" ::"r"(address),
+      "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(int{valid})
+      : "memory");
 }
 
 __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
