@@ -64,7 +64,7 @@ cudaError_t launch(Path path, const RopeKeyProjectionParams& p, cudaStream_t str
 }
 
 bool can_run(Path path, int64_t tokens) {
-  if (path == Path::kFew && tokens > 64) return false;
+  if (path == Path::kFew && tokens > 1024) return false;
   return path < Path::kFew || has_hopper_kernel<bf16, 128>();
 }
 

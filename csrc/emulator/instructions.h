@@ -76,6 +76,10 @@ inline uint32_t smem_address(const void* p) { return emulator::shared_address(p)
 inline void store_shared_16(uint32_t address, uint4 x) { std::memcpy(shared_pointer(address, 16), &x, 16); }
 inline void store_shared_4(uint32_t address, uint32_t x) { std::memcpy(shared_pointer(address, 4), &x, 4); }
 
+inline void store_shared_floats(uint32_t address, float4 x, bool valid) {
+  if (valid) std::memcpy(shared_pointer(address, 16), &x, 16);
+}
+
 inline uint4 load_shared_16(uint32_t address) {
   uint4 x;
   std::memcpy(&x, shared_pointer(address, 16), 16);
@@ -270,13 +274,15 @@ inline void prefetch_tensor_map(const CUtensorMap&) {}
 // The 128-byte swizzle, of a shared address.
 constexpr uint32_t swizzled_address(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
-inline void copy_box(uint32_t smem, const CUtensorMap& map, uint32_t barrier, int ctas,
+// ctas: bits of those of the cluster that get it, or 0 for the own one alone.
+inline void copy_box(uint32_t smem, const CUtensorMap& map, uint32_t barrier, unsigned ctas,
                      const int (&coordinates)[5]) {
   const emulator::TensorMap tensor = emulator::decode(map);
   const uint32_t elements = tensor.box_elements();
-  for (int rank = 0; rank < ctas; ++rank) {
+  for (int rank = 0; rank < (ctas == 0 ? 1 : 16); ++rank) {
+    if (ctas != 0 && !(ctas >> rank & 1)) continue;
     const auto here = [&](uint32_t address) {
-      return ctas == 1 ? address : address_in_cluster(address, rank);
+      return ctas == 0 ? address : address_in_cluster(address, rank);
     };
     if (smem % 1024) fail("a copy with the 128-byte swizzle to address %u", smem);
     char* const to = shared_pointer(here(smem), elements * 2) - smem;
@@ -302,13 +308,17 @@ inline void copy_box(uint32_t smem, const CUtensorMap& map, uint32_t barrier, in
 }
 
 inline void copy_box_2d(uint32_t smem, const CUtensorMap& map, uint32_t barrier, int x, int y) {
-  copy_box(smem, map, barrier, 1, {x, y, 0, 0, 0});
+  copy_box(smem, map, barrier, 0, {x, y, 0, 0, 0});
+}
+inline void share_box_2d(uint32_t smem, const CUtensorMap& map, uint32_t barrier, int x, int y,
+                         unsigned ctas) {
+  copy_box(smem, map, barrier, ctas, {x, y, 0, 0, 0});
 }
 
 template <int ctas>
 inline void copy_box_5d(uint32_t smem, const CUtensorMap& map, uint32_t barrier, int x0, int x1, int x2,
                         int x3, int x4) {
-  copy_box(smem, map, barrier, ctas, {x0, x1, x2, x3, x4});
+  copy_box(smem, map, barrier, ctas == 1 ? 0 : (1 << ctas) - 1, {x0, x1, x2, x3, x4});
 }
 
 // ------------------------------------------------------------------------------- products of a warpgroup

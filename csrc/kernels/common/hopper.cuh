@@ -22,6 +22,14 @@ __device__ __forceinline__ void store_shared_4(uint32_t address, uint32_t x) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
 
+// If `valid`; no branch.
+__device__ __forceinline__ void store_shared_floats(uint32_t address, float4 x, bool valid) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %5, 0; @p st.shared.v4.f32 [%0], {%1, %2, %3, %4};}" ::"r"(address),
+      "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(int{valid})
+      : "memory");
+}
+
 __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
   uint4 x;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -111,7 +119,18 @@ __device__ __forceinline__ void copy_box_2d(uint32_t smem, const CUtensorMap& ma
       : "memory");
 }
 
-// The same in five dimensions, to the first `ctas` CTAs of the cluster: to the same address of each, counted
+// The same to all CTAs of the cluster whose bits are set: to the same address of each, counted by the barrier
+// at the same address of each.
+__device__ __forceinline__ void share_box_2d(uint32_t smem, const CUtensorMap& map, uint32_t barrier, int x,
+                                             int y, unsigned ctas) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(smem),
+      "l"(&map), "r"(barrier), "r"(x), "r"(y), "h"(static_cast<uint16_t>(ctas))
+      : "memory");
+}
+
+// A copy in five dimensions, to the first `ctas` CTAs of the cluster: to the same address of each, counted
 // by the barrier at the same address of each.
 template <int ctas>
 __device__ __forceinline__ void copy_box_5d(uint32_t smem, const CUtensorMap& map, uint32_t barrier, int x0,

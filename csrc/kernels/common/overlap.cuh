@@ -37,9 +37,9 @@ __device__ __forceinline__ void need_here(uint64_t x) {
   asm volatile("{.reg .pred p; setp.eq.u64 p, %0, 1; @p nanosleep.u32 1;}" ::"l"(x));
 }
 
-// Launches a kernel that waits by itself for those before it, in clusters of so many CTAs in x; 0 for none.
+// Launches a kernel that waits by itself for those before it, in clusters of that shape; 0 for none.
 template <class... Params, class... Args>
-cudaError_t launch_overlapping_clusters(void (*kernel)(Params...), unsigned cluster, dim3 grid, dim3 block,
+cudaError_t launch_overlapping_clusters(void (*kernel)(Params...), dim3 cluster, dim3 grid, dim3 block,
                                         size_t shared_bytes, cudaStream_t stream, Args&&... args) {
   // Code for an older GPU, compiled for this one by the driver, does not wait and knows no clusters.
   cudaFuncAttributes compiled;
@@ -49,14 +49,14 @@ cudaError_t launch_overlapping_clusters(void (*kernel)(Params...), unsigned clus
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {cluster, 1, 1};
+  attributes[1].val.clusterDim = {cluster.x, cluster.y, cluster.z};
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = compiled.ptxVersion < 90 ? 0 : cluster == 0 ? 1 : 2;
+  config.numAttrs = compiled.ptxVersion < 90 ? 0 : cluster.x == 0 ? 1 : 2;
   return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
 }
 

@@ -4,6 +4,8 @@
 namespace fusedkv {
 
 template <class T, int D>
+bool are_few_tokens(const RopeKeyProjectionParams& params);
+template <class T, int D>
 cudaError_t launch_few_tokens(const RopeKeyProjectionParams& params, cudaStream_t stream);
 template <class T, int D>
 bool has_hopper_kernel();
@@ -18,9 +20,8 @@ cudaError_t run_rope_key_projection(const RopeKeyProjectionParams& params, cudaS
       using T = typename decltype(t)::type;
       constexpr int D = decltype(d)::value;
       if (has_hopper_kernel<T, D>()) {
-        // Up to 64 tokens reading the weight takes longer than multiplying with it.
-        return params.num_tokens <= 64 ? launch_few_tokens<T, D>(params, stream)
-                                       : launch_hopper<T, D>(params, stream);
+        return are_few_tokens<T, D>(params) ? launch_few_tokens<T, D>(params, stream)
+                                            : launch_hopper<T, D>(params, stream);
       }
       return launch_rope_key_projection<T, D>(params, stream);
     });
