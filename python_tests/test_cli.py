@@ -8,7 +8,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from fusedkv_ext import CrossLayerPlan, cli
+from fusedkv_ext import CrossLayerPlan, cli, extension
 from fusedkv_ext.config import FusedKVConfig
 from fusedkv_ext.generation import generate
 from fusedkv_ext.model import FusedKVForCausalLM
@@ -157,8 +157,8 @@ def test_bad_input_is_one_line(folder, capsys, args, message):
 
 
 def test_cuda_without_kernels_says_why(folder, capsys, monkeypatch):
-    reason = cli.why_cpu() or "no GPU is visible"
-    monkeypatch.setattr(cli, "why_cpu", lambda: reason)
+    reason = extension.why_cpu() or "no GPU is visible"
+    monkeypatch.setattr(extension, "why_cpu", lambda: reason)
     assert run(folder, "--prompt", PROMPT, "--device", "cuda") == 1
     assert f"--device: expected cpu ({reason}), got cuda" in capsys.readouterr().err
 

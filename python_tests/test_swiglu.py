@@ -34,7 +34,7 @@ def test_matches_oracle(device, dtype, shape):
 @given(
     leading=st.lists(st.integers(0, 9), max_size=3),
     size=st.integers(1, 40),
-    spread=st.floats(1e-3, 100),
+    spread=st.floats(1e-3, 40),  # products stay below the largest f16; test_extremes goes beyond
     dtype=st.sampled_from([*HALF, torch.float32, torch.float64]),
 )
 def test_any_shape(device, leading, size, spread, dtype):
