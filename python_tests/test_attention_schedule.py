@@ -7,6 +7,7 @@ from fusedkv_ext import ops
 
 EMPTY = 0xFFF5EED5 - 2**32  # kEmpty of schedule.cuh
 
+
 def plain_schedule(lengths, max_seq_len, num_q, hq, hkv, window) -> list[int]:
     """Cumulative counts of the 64-token blocks that some query token sees, at least one each."""
     ends = [0]
@@ -17,7 +18,7 @@ def plain_schedule(lengths, max_seq_len, num_q, hq, hkv, window) -> list[int]:
 
 
 def counts_of(schedule, batch) -> list[int]:
-    """What `plain_schedule` has; on CUDA the rest must be zeros up to 16 bytes, then empty partial results."""
+    """What `plain_schedule` has; on CUDA zeros follow up to 16 bytes, then empty partial results."""
     counts, rest = schedule.tolist()[: batch + 1], schedule[batch + 1 :]
     padding = -(batch + 1) % 4
     assert not rest[:padding].any() and (rest[padding:] == EMPTY).all()
