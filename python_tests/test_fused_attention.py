@@ -218,7 +218,7 @@ def test_large_batches_are_bit_identical(dtypes, sources):
 @pytest.mark.cuda
 @over_dtypes(BF16, BF16_E4M3)
 def test_memory_needs_no_initial_values(dtypes):
-    """NaN in the workspace, in the output and in the schedule before they are written changes nothing."""
+    """NaN in the output and in the schedule before they are written changes nothing."""
     case = make_case("cuda", dtypes, lengths=(9000, 1, 0, 130), heads=(8, 1), num_q=9)
     expected = run(case)
     torch.use_deterministic_algorithms(True)  # fills what at::empty returns

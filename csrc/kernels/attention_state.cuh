@@ -104,6 +104,10 @@ __device__ __forceinline__ void keep_value_weights(const AttentionParams& p, Att
   }
 }
 
+// By how much the maximum that exponents are taken from may lag behind the true one: 2^8 fits f16 with room
+// for the sum, and rescaling becomes rare.
+constexpr float kMaxLag = 8.f;
+
 // One warp's running result: 8 * kRowTiles query rows over all channels.
 template <class S>
 struct AttentionState {
@@ -113,7 +117,6 @@ struct AttentionState {
   // Exponents are taken from row_max, which lags behind the true maximum by at most kMaxLag. The sum is the
   // lane's own part until finish().
   float row_max[S::kRowTiles][2], row_sum[S::kRowTiles][2];
-  static constexpr float kMaxLag = 8.f;  // 2^8 fits f16 with room for the sum; rescaling becomes rare
 
   // Starts an item: its queries, weighted with a_s and rounded once, become right operands of the products.
   __device__ void start(const AttentionParams& p, AttentionControl<S>& control, const char* stage) {
@@ -389,7 +392,7 @@ struct Parts {
 
 __device__ __forceinline__ bool is_empty(float x) { return __float_as_uint(x) == kEmpty; }
 
-// Waits for so many trips to the L2 and back, about a second, before it takes words as they are, NaN: with a
+// Waits for so many trips to the L2 and back, a second or two, before it takes words as they are, NaN: with a
 // wrong schedule a worker may wait for one that nobody writes.
 constexpr int kPatience = 1 << 20;
 
@@ -420,12 +423,13 @@ struct MergedRow {
 template <class S>
 __device__ __noinline__ void combine(AttentionControl<S>& control, const Parts parts, int rows,
                                      float* partial, ItemOutput output) {
-  constexpr int kRowThreads = S::D / 4, kSlots = S::kThreads / kRowThreads, kAtOnce = 8;
+  constexpr int kRowThreads = S::D / 4, kSlots = S::kThreads / kRowThreads;
+  constexpr int kAtOnce = S::kRows == 8 ? 8 : 4;  // with more rows registers are short in the main loop
   const int channel = threadIdx.x % kRowThreads * 4, slot = threadIdx.x / kRowThreads;
   const uint32_t row_mask = kRowThreads == 32 ? ~0u : 0xffffu << (threadIdx.x & 16);
   const int groups = S::kRows == 8 ? max(1, kSlots / rows) : 1;
   const int group = groups > 1 ? slot / rows : 0;
-  int row = slot - group * rows;
+  int row = slot - group * rows, patience = kPatience;
 #pragma unroll 1
   do {
     MergedRow merged;
@@ -440,7 +444,6 @@ __device__ __noinline__ void combine(AttentionControl<S>& control, const Parts p
         return part * parts.pitch + (part == 0 ? parts.first_offset : 0);
       };
       bool missing;
-      int patience = kPatience;
 #pragma unroll 1
       do {
 #pragma unroll

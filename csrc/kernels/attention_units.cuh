@@ -203,7 +203,8 @@ struct UnitLoader {
     const unsigned entry = p.page_shift >= 0 ? position >> p.page_shift : position / page_size;
     offset_in_page = position - entry * page_size;
     page = -1;
-    if (paged < end) page = p.block_table[at.seq * p.block_table_stride + entry];
+    if (paged < end && position < unsigned(at.length))
+      page = p.block_table[at.seq * p.block_table_stride + entry];
   }
 
   __device__ __forceinline__ void issue(const AttentionParams& p, char* stage, uint8_t* visible,

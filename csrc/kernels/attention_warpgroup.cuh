@@ -20,7 +20,6 @@ struct WarpgroupState {
   uint32_t queries;  // where they are in shared memory
   float out[S::kSources][S::D / 2];
   float row_max[2], row_sum[2];  // as in AttentionState
-  static constexpr float kMaxLag = 8.f;
 
   // The warp's first row.
   static __device__ __forceinline__ int first_row() { return threadIdx.x / 32 % 4 * 16; }
@@ -45,10 +44,9 @@ struct WarpgroupState {
           if constexpr (S::kSharedQueries) {
             if (threadIdx.x / 128 != s) continue;  // a warpgroup a source
             const int tile = s * (S::D / 64) + k / 4;
-            store_shared_4(queries + tile * S::kQueryTileBytes +
-                               swizzled<8>(first_row() + lane / 4 + i % 2 * 8, channel % 64 / 8) +
-                               channel % 8 * 2,
-                           weighted);
+            store_shared_4(
+                queries + tile * S::kQueryTileBytes + swizzled<8>(row, channel % 64 / 8) + channel % 8 * 2,
+                weighted);
           } else {
             query[s][k][i] = weighted;
           }
@@ -118,6 +116,8 @@ struct WarpgroupState {
     }
 
     const uint32_t values = unit + S::kSources * S::kPlaneBytes;
+#pragma unroll
+    for (int s = 0; s < S::kSources; ++s) fence_registers(out[s]);  // they may have been rescaled
     wgmma_fence();
 #pragma unroll
     for (int s = 0; s < S::kSources; ++s) {

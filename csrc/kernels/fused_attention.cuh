@@ -5,9 +5,10 @@
 //  - One CTA an SM walks a contiguous range of token blocks (schedule.cuh), a unit at a time. Each warp keeps
 //    loading its own slice of each unit, a few units ahead, with 16-byte cp.async, which serve any page size.
 //  - The query rows of one key/value head (G heads x Q tokens) fill the columns of the tensor-core tile: a
-//    warp has 8 or 16. More rows are shared out to a team of warps, each over the tokens of all of them. A
-//    team keeps its own softmax state and meets nobody until its item ends: the main loop has one barrier per
-//    unit among the warps of a team, and none where a team is one warp.
+//    warp has 8 or 16. More rows are shared out to a team of warps, each over the tokens of all of them, or
+//    to a warpgroup, where they are rows. A team keeps its own softmax state and meets nobody until its item
+//    ends: the main loop has one barrier per unit among the warps of a team, and none where a team is one
+//    warp.
 #pragma once
 
 #include <algorithm>
@@ -187,13 +188,13 @@ auto dispatch_attention_shape(const FusedAttentionParams& params, F&& f) {
 
 // False where one of the strides does not fit.
 template <class C>
-bool byte_strides(const PagedCache& cache, int page_size, ByteStrides& strides) {
-  const auto fits = [](int64_t elements, int times) {
-    return elements >= 0 && elements < (int64_t{1} << 31) / int64_t(sizeof(C)) / times;
+bool byte_strides(const PagedCache& cache, ByteStrides& strides) {
+  const auto fits = [](int64_t elements) {
+    return elements >= 0 && elements < (int64_t{1} << 32) / int64_t(sizeof(C));
   };
   strides = {uint32_t(cache.page_stride * sizeof(C)), uint32_t(cache.token_stride * sizeof(C)),
              uint32_t(cache.head_stride * sizeof(C))};
-  return fits(cache.page_stride, 1) && fits(cache.token_stride, page_size) && fits(cache.head_stride, 1);
+  return fits(cache.page_stride) && fits(cache.token_stride) && fits(cache.head_stride);
 }
 
 template <class T, class C, int D>
@@ -218,9 +219,8 @@ cudaError_t launch_attention(const FusedAttentionParams& params, cudaStream_t st
         reinterpret_cast<float*>(params.schedule + counts_in_schedule(params.batch)),
         words_of_partial(params.num_query_tokens, params.num_q_heads, params.num_kv_heads),
     };
-    p.in_slices = page_size % S::kSliceTokens == 0 &&
-                  byte_strides<C>(p.k_sources[0], page_size, p.k_strides) &&
-                  byte_strides<C>(p.v_sources[0], page_size, p.v_strides);
+    p.in_slices = page_size % S::kSliceTokens == 0 && byte_strides<C>(p.k_sources[0], p.k_strides) &&
+                  byte_strides<C>(p.v_sources[0], p.v_strides);
     const dim3 grid = attention_grid(launch.multiprocessors, head_rows);
     return launch_overlapping(fused_attention_kernel<S>, grid, S::kThreads, launch.shared_bytes, stream, p);
   });

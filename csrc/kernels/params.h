@@ -143,7 +143,7 @@ struct SwigluParams {
 
 // Words of a schedule of fused_attention, see schedule.cuh: B + 1 cumulative counts of 64-token blocks,
 // filled up to 16 bytes, then room for two partial results of each worker.
-constexpr int kMaxWorkers = 192;         // CTAs of the grid at most: more than any GPU has multiprocessors
+constexpr int kMaxWorkers = 192;         // CTAs of the grid at most: no GPU has more multiprocessors
 constexpr int kMaxPartialRow = 128 + 4;  // words of a query row's partial result: channels, maximum, sum
 
 constexpr int64_t counts_in_schedule(int64_t batch) { return (batch + 4) / 4 * 4; }
@@ -182,7 +182,7 @@ struct FusedAttentionParams {
   int64_t block_table_stride;
   int max_pages;
   const int* seq_lens;  // [B]
-  int* schedule;        // from run_attention_schedule; after the launch it is as before
+  int* schedule;        // from run_attention_schedule; if it was right, it is after the launch as before
   float scale;
   int window;
 };

@@ -187,7 +187,9 @@ struct FewProjection {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int token = n * 8 + lane % 4 * 2 + i;
-        const int owner = split.owner(token), row = rank * split.owned + token - owner * split.owned;
+        // Beyond the last token there may be no owner, and nothing is stored.
+        const int owner = min(split.owner(token), split.ranks - 1),
+                  row = rank * split.owned + token - owner * split.owned;
         const float4 part = {acc[0][4 * n + i], acc[0][4 * n + 2 + i], acc[1][4 * n + i],
                              acc[1][4 * n + 2 + i]};
         const uint32_t at = to + row * (kFewStride * sizeof(float));
@@ -333,16 +335,6 @@ cudaError_t launch_few_tokens_tile(const RopeKeyProjectionParams& p, cudaStream_
   return launch_overlapping_clusters(
       kernel, dim3(ranks, 1 << sharer_bits), dim3(ranks, row_tiles, token_tiles), kFewThreads,
       Shape::kSmemBytes, stream, p, x_map, weight_map, FewSplit(ranks, sharer_bits, k_tiles, in_tile));
-}
-
-// Up to 64 tokens, and more where columns are so few that the tiles of the kernel for many tokens would leave
-// most SMs idle.
-template <class T, int D>
-bool are_few_tokens(const RopeKeyProjectionParams& p) {
-  int sms = 0;
-  if (p.num_tokens <= 64 || count_sms(sms) != cudaSuccess) return true;
-  const int64_t cols = int64_t{p.heads.num_q_heads + 2 * p.heads.num_kv_heads} * D;
-  return 4 * ((p.num_tokens + 63) / 64) * ((cols + kFewRows - 1) / kFewRows) <= 3 * sms;
 }
 
 // Where has_hopper_kernel(), for any number of tokens.

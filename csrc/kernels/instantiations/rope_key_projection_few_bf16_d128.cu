@@ -2,7 +2,6 @@
 
 namespace fusedkv {
 
-template bool are_few_tokens<bf16, 128>(const RopeKeyProjectionParams&);
 template cudaError_t launch_few_tokens<bf16, 128>(const RopeKeyProjectionParams&, cudaStream_t);
 
 }  // namespace fusedkv
