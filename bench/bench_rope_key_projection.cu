@@ -73,6 +73,7 @@ struct Case {
   int hidden, num_q_heads, num_kv_heads, head_dim;
   int page_size = 16, x_gap = 0;  // x_gap: elements between the rows of x
   bool interleaved = false, norm = true, bias = false, int64_positions = true, scales = false, copies = false;
+  bool input_norm = false;
 
   int num_heads() const { return num_q_heads + 2 * num_kv_heads; }
   int64_t num_pages() const { return 2 * tokens / page_size + 1; }
@@ -87,8 +88,9 @@ struct Case {
   std::string options() const {
     const auto flag = [](bool on, const char* name) { return on ? std::string(" ") + name : std::string(); };
     return flag(interleaved, "interleaved") + flag(norm, "norm") + flag(bias, "bias") +
-           flag(int64_positions, "int64") + flag(scales, "scales") + flag(copies, "copies") + " page " +
-           std::to_string(page_size) + " gap " + std::to_string(x_gap);
+           flag(int64_positions, "int64") + flag(scales, "scales") + flag(copies, "copies") +
+           flag(input_norm, "input norm") + " page " + std::to_string(page_size) + " gap " +
+           std::to_string(x_gap);
   }
 };
 
@@ -124,6 +126,7 @@ struct Problem {
         bias(Array<T>::normal(c.num_heads() * c.head_dim, seed + 2)),
         q_norm(Array<T>::normal(c.head_dim, seed + 3, 1.0f, 0.3f)),
         k_norm(Array<T>::normal(c.head_dim, seed + 4, 1.0f, 0.3f)),
+        input_norm(Array<T>::normal(c.hidden, seed + 5, 1.0f, 0.3f)),
         q_out(c.tokens * c.num_q_heads * c.head_dim),
         caches{Array<C>(c.cache_elements()), Array<C>(c.cache_elements())},
         copies{Array<e4m3>(c.copies ? c.cache_elements() : 0),
@@ -151,6 +154,8 @@ struct Problem {
     p.x_stride = c.hidden + c.x_gap;
     p.weight = weight.data();
     p.bias = c.bias ? bias.data() : nullptr;
+    p.input_norm = c.input_norm ? input_norm.data() : nullptr;
+    p.input_eps = 1e-6f;
     p.heads.q_out = c.num_q_heads > 0 ? q_out.data() : nullptr;
     if (c.num_kv_heads > 0) {
       p.heads.k_cache = cache(caches[0].data());
@@ -179,7 +184,7 @@ struct Problem {
   }
 
   Case c;
-  Array<T> x, weight, bias, q_norm, k_norm;
+  Array<T> x, weight, bias, q_norm, k_norm, input_norm;
   mutable Array<T> q_out;
   mutable Array<C> caches[2];     // keys, values
   mutable Array<e4m3> copies[2];  // empty without copies
@@ -221,7 +226,19 @@ template <class T, class C>
 Expected oracle(const Problem<T, C>& problem) {
   const Case& c = problem.c;
   const int d = c.head_dim;
-  const auto x = doubles(problem.x), weight = doubles(problem.weight), bias = doubles(problem.bias);
+  const auto weight = doubles(problem.weight), bias = doubles(problem.bias);
+  const auto input_norm = doubles(problem.input_norm);
+  auto x = doubles(problem.x);
+  std::vector<double> input_scale(c.tokens, 1.0);
+  for (int64_t t = 0; c.input_norm && t < c.tokens; ++t) {  // see ProductParams
+    double squares = 0;
+    for (int k = 0; k < c.hidden; ++k) {
+      double& value = x[t * (c.hidden + c.x_gap) + k];
+      squares += value * value;
+      value = to_double(T(static_cast<float>(value * input_norm[k])));
+    }
+    input_scale[t] = 1.0 / std::sqrt(squares / c.hidden + 1e-6);
+  }
   const auto q_norm = doubles(problem.q_norm), k_norm = doubles(problem.k_norm);
   const auto cos_sin = problem.cos_sin.host(), scale = problem.scale.host();
   const auto positions = problem.positions64.host(), slots = problem.slots.host();
@@ -240,8 +257,8 @@ Expected oracle(const Problem<T, C>& problem) {
       if (!is_q && (!known || slots[t] < 0 || slots[t] >= c.num_slots())) continue;
       for (int i = 0; i < d; ++i) {
         const size_t row = size_t(head) * d + i;
-        y[i] =
-            dot(&x[t * (c.hidden + c.x_gap)], &weight[row * c.hidden], c.hidden) + (c.bias ? bias[row] : 0.0);
+        y[i] = input_scale[t] * dot(&x[t * (c.hidden + c.x_gap)], &weight[row * c.hidden], c.hidden) +
+               (c.bias ? bias[row] : 0.0);
       }
       if (!is_v && known) {
         const auto& norm = is_q ? q_norm : k_norm;
@@ -343,6 +360,7 @@ bool verify(const Case& c, const std::optional<Path>& only) {
   for (size_t i = 0; i < kPathNames.size(); ++i) {
     const Path path = static_cast<Path>(i);
     if ((only && path != *only) || !can_run(path, c.tokens)) continue;
+    if (c.input_norm && path != Path::kFew) continue;
     const std::string name =
         kPathNames[i] + ": " + c.name() + " " + name_of<T>() + " " + name_of<C>() + c.options();
     run_poisoned(path, problem);
@@ -369,6 +387,11 @@ bool verify(const Case& c, const std::optional<Path>& only) {
 // Ragged last tiles in all directions, contractions shorter and longer than a ring of stages, every option.
 bool verify_options(Case c, const std::optional<Path>& only) {
   bool passed = verify<bf16, bf16>(c, only);
+  if (c.tokens <= 129) {
+    c.input_norm = true;
+    passed &= verify<bf16, bf16>(c, only);
+    c.input_norm = false;
+  }
   c.interleaved = c.bias = true;
   c.int64_positions = false;
   c.x_gap = 8;
@@ -404,6 +427,13 @@ bool verify_all(const std::optional<Path>& only) {
     // Longer than the rings of a cluster of eight together.
     passed &= verify<bf16, bf16>({7, 7112, 1, 1, d}, only);
     passed &= verify<bf16, bf16>({50, 7112, 1, 1, d}, only);
+    passed &= verify<bf16, bf16>({.tokens = 50,
+                                  .hidden = 7112,
+                                  .num_q_heads = 1,
+                                  .num_kv_heads = 1,
+                                  .head_dim = d,
+                                  .input_norm = true},
+                                 only);
     // More tiles of every size than the GPU has SMs, so that CTAs walk from tile to tile at every place of
     // the ring; the last two shapes make three rounds, of tiles that are shorter and longer than what the
     // ring's first stage waits for.

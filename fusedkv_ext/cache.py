@@ -31,6 +31,7 @@ from fusedkv_ext.modules import (
     masked_attention,
     mix_sources,
     ragged_attention,
+    takes_cudnn,
 )
 from fusedkv_ext.plan import LayerPlan
 
@@ -454,7 +455,7 @@ class PrefillChunk:
     counts: list[int]
     lengths: list[int]
     slots: list[Tensor]
-    _segments: dict[tuple[int, bool], list[_Segment]] = field(default_factory=dict)
+    _segments: dict[tuple[int, bool, bool], list[_Segment]] = field(default_factory=dict)
 
     def attend(self, q: Tensor, sources: Sources, window: int = 0) -> Tensor:
         """Attention of q [T, Hq, D] to cached keys and values, mixed in the dtype of q; [T, Hq, D]."""
@@ -490,21 +491,22 @@ class PrefillChunk:
     def segments(self, window: int, q: Tensor) -> list[_Segment]:
         """The calls that attention of q takes: one where all sequences are alike, and as few as possible.
 
-        On CUDA flash attention takes any sequences at once. The library's attention of equal, whole sequences
-        is faster still, so those that are long enough to be worth a call of their own get one. The CPU has no
-        such kernel, and a call for each run of equal sequences.
+        On CUDA flash attention takes any sequences at once. The library's attention of equal sequences, whole
+        or continued by cuDNN, is faster still, so those that are long enough to be worth a call of their own
+        get one. The CPU has no such kernel, and a call for each run of equal sequences.
         """
         ragged = q.is_cuda and q.dtype in HALF
-        if (window, ragged) not in self._segments:
-            self._segments[window, ragged] = self._plan(window, ragged)
-        return self._segments[window, ragged]
+        key = (window, ragged, takes_cudnn(q))
+        if key not in self._segments:
+            self._segments[key] = self._plan(*key)
+        return self._segments[key]
 
-    def _plan(self, window: int, ragged: bool) -> list[_Segment]:
+    def _plan(self, window: int, ragged: bool, continues: bool) -> list[_Segment]:
         shapes = list(zip(self.counts, self.lengths, strict=True))
 
         def call(i: int) -> tuple[int, int] | None:
             count, length = shapes[i]
-            whole = count == length and window == 0
+            whole = (count == length or continues) and window == 0
             alone = count >= OWN_CALL or len(set(shapes)) == 1
             return None if ragged and not (whole and alone) else shapes[i]
 

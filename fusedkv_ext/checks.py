@@ -247,7 +247,7 @@ def rope_key_projection_write(
     v_cache,
     positions,
     cos_sin,
-    slot_mapping,
+    slot_mapping=None,
     q_norm=None,
     k_norm=None,
     eps=1e-6,
@@ -257,10 +257,13 @@ def rope_key_projection_write(
     v_scale=None,
     k_copy=None,
     v_copy=None,
+    input_norm=None,
 ) -> None:
     c = Checker("rope_key_projection_write", x.device)
     norms = {"q_norm": q_norm, "k_norm": k_norm}
     heads, d = _projection(c, x, weight, positions, cos_sin, norms, bias)
+    if input_norm is not None:
+        c.tensor("input_norm", input_norm, (x.dtype,), (x.shape[1],))
     caches = (k_cache, v_cache, slot_mapping, k_scale, v_scale, k_copy, v_copy)
     _write_side(c, heads, d, x, x.shape[0], q_out, *caches)
 
@@ -310,6 +313,28 @@ def swiglu(gate_up) -> None:
     c.tensor("gate_up", gate_up, FLOATS, (None,) * gate_up.dim())
     width = gate_up.shape[-1]
     c.expect(width > 0 and width % 2 == 0, "gate_up", "a last dimension of 2 * I, I at least 1", width)
+
+
+def _matrices(c: Checker, x, weight) -> None:
+    c.tensor("x", x, FLOATS, (None, None))
+    c.expect(x.shape[1] > 0, "x", "a hidden size of 1 or more", 0)
+    c.tensor("weight", weight, (x.dtype,), (None, x.shape[1]))
+    c.expect(weight.shape[0] > 0, "weight", "1 row or more", 0)
+
+
+def linear_add(out, x, weight) -> None:
+    c = Checker("linear_add", x.device)
+    _matrices(c, x, weight)
+    c.tensor("out", out, (x.dtype,), (x.shape[0], weight.shape[0]))
+
+
+def swiglu_linear(x, weight, input_norm=None, eps=1e-6) -> None:
+    c = Checker("swiglu_linear", x.device)
+    _matrices(c, x, weight)
+    rows = weight.shape[0]
+    c.expect(rows % 2 == 0, "weight", "2 * I rows", rows)
+    if input_norm is not None:
+        c.tensor("input_norm", input_norm, (x.dtype,), (x.shape[1],))
 
 
 def attention_schedule(

@@ -19,7 +19,7 @@ from fusedkv_ext.model import PREFILL_CHUNK, FusedKVForCausalLM
 
 Prompts = Sequence[Sequence[int] | Tensor]
 DONE = -1  # what a finished sequence emits
-SAMPLE_BLOCK = 1024  # tokens whose probabilities are summed before the sums are
+SAMPLE_BLOCK = 1024  # tokens whose probabilities are summed, or compared, before the blocks are
 COLDEST = 1e-30  # a temperature at which no logit but the largest counts, and whose inverse is finite
 
 
@@ -80,7 +80,7 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     uniform give the same token in every run, and no token of probability 0 is ever chosen.
     """
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        return _largest_place(logits)
     vocab = logits.shape[-1]
     logits = logits.float()
     logits = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, COLDEST)
@@ -97,6 +97,16 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
         weights = weights.masked_fill((cumulative - weights).double() >= enough, 0)
     choice = _invert(weights, uniform)
     return (choice if order is None else order.gather(-1, choice))[:, 0]
+
+
+def _largest_place(x: Tensor) -> Tensor:
+    """argmax over the last dimension of [B, N], of blocks and then among them: a search along few long rows
+    leaves most of a GPU idle."""
+    if rest := -x.shape[-1] % SAMPLE_BLOCK:
+        x = F.pad(x, (0, rest), value=float("-inf"))
+    values, places = x.unflatten(-1, (-1, SAMPLE_BLOCK)).max(-1)
+    block = values.argmax(-1, keepdim=True)
+    return (block * SAMPLE_BLOCK + places.gather(-1, block))[:, 0]
 
 
 def _largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -19,10 +19,11 @@ SCHEMAS = (
     " Tensor(d!)? k_copy=None, Tensor(e!)? v_copy=None) -> ()",
     "rope_key_projection(Tensor x, Tensor weight, Tensor positions, Tensor cos_sin, Tensor? norm=None,"
     " float eps=1e-6, Tensor? bias=None, bool interleaved=False) -> Tensor",
-    "rope_key_projection_write(Tensor x, Tensor weight, Tensor(a!)? q_out, Tensor(b!) k_cache,"
-    " Tensor(c!) v_cache, Tensor positions, Tensor cos_sin, Tensor slot_mapping, Tensor? q_norm=None,"
+    "rope_key_projection_write(Tensor x, Tensor weight, Tensor(a!)? q_out, Tensor(b!)? k_cache,"
+    " Tensor(c!)? v_cache, Tensor positions, Tensor cos_sin, Tensor? slot_mapping=None, Tensor? q_norm=None,"
     " Tensor? k_norm=None, float eps=1e-6, Tensor? bias=None, bool interleaved=False,"
-    " Tensor? k_scale=None, Tensor? v_scale=None, Tensor(d!)? k_copy=None, Tensor(e!)? v_copy=None) -> ()",
+    " Tensor? k_scale=None, Tensor? v_scale=None, Tensor(d!)? k_copy=None, Tensor(e!)? v_copy=None,"
+    " Tensor? input_norm=None) -> ()",
     "rope_norm_backward(Tensor grad, Tensor? heads, Tensor positions, Tensor cos_sin, Tensor? norm=None,"
     " float eps=1e-6, bool interleaved=False) -> (Tensor, Tensor)",
     "fuse_kv(Tensor[] k_sources, Tensor[] v_sources, Tensor key_weights, Tensor value_weights)"
@@ -30,6 +31,8 @@ SCHEMAS = (
     "fuse_kv_backward(Tensor grad_k, Tensor grad_v, Tensor[] k_sources, Tensor[] v_sources,"
     " Tensor key_weights, Tensor value_weights) -> (Tensor[], Tensor[], Tensor, Tensor)",
     "swiglu(Tensor gate_up) -> Tensor",
+    "linear_add(Tensor(a!) out, Tensor x, Tensor weight) -> ()",
+    "swiglu_linear(Tensor x, Tensor weight, Tensor? input_norm=None, float eps=1e-6) -> Tensor",
     "attention_schedule(Tensor seq_lens, int max_seq_len, int num_query_tokens, int num_query_heads,"
     " int num_kv_heads, int window=0) -> Tensor",
     "fused_attention(Tensor q, Tensor[] k_sources, Tensor[] v_sources, Tensor? key_weights,"
@@ -72,6 +75,11 @@ def _fake_swiglu(gate_up):
     return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
+def _fake_swiglu_linear(x, weight, input_norm=None, eps=1e-6):
+    checks.swiglu_linear(x, weight, input_norm, eps)
+    return x.new_empty(x.shape[0], weight.shape[0] // 2)
+
+
 def _fake_attention_schedule(
     seq_lens, max_seq_len, num_query_tokens, num_query_heads, num_kv_heads, window=0
 ):
@@ -93,6 +101,7 @@ _FAKES = {
     "fuse_kv": _fake_fuse_kv,
     "fuse_kv_backward": _fake_fuse_kv_backward,
     "swiglu": _fake_swiglu,
+    "swiglu_linear": _fake_swiglu_linear,
     "attention_schedule": _fake_attention_schedule,
     "fused_attention": _fake_fused_attention,
 }

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 KeysValues = tuple[Tensor, Tensor]
 HAS_HOPPER_KERNELS = "90a" in getattr(extension.load(), "architectures", "")  # None has no such attribute
+CUDNN_ATTENTION = torch.ops.aten._scaled_dot_product_cudnn_attention  # also gives what joins two calls
 QUERY_BLOCK = 512  # query tokens that one explicit mask covers, to bound its memory
 E4M3_MAX = 448.0  # the largest float8_e4m3fn
 
@@ -139,14 +140,6 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def add_projected(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """Add x @ weight.T to residual [T, hidden] in place, and return it.
-
-    The library's product adds what its output holds before it rounds: no kernel and no rounding for the sum.
-    """
-    return residual.addmm_(x, weight.t())
-
-
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)), with gate and up packed into one projection."""
 
@@ -162,9 +155,12 @@ class SwiGLU(nn.Module):
         gate, up = self.gate_up_proj(x).chunk(2, -1)
         return self.down_proj(F.silu(gate) * up)
 
-    def cached(self, x: Tensor, residual: Tensor) -> Tensor:
-        """Add the output for x [T, hidden] to residual [T, hidden] in place, and return that."""
-        return add_projected(residual, ops.swiglu(self.gate_up_proj(x)), self.down_proj.weight)
+    def cached(self, x: Tensor, residual: Tensor, norm: RMSNorm | None = None) -> Tensor:
+        """Add the output for x [T, hidden], or for norm(x), to residual [T, hidden] in place; return that."""
+        weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        hidden = ops.swiglu_linear(x, self.gate_up_proj.weight, weight, eps)
+        ops.linear_add(residual, hidden, self.down_proj.weight)
+        return residual
 
 
 class FusionWeights(Float32Module):
@@ -282,7 +278,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor
         [B, Q, Hq, D].
     """
     num_queries, length = q.shape[1], k.shape[1]
-    if num_queries == length and (window == 0 or window >= length):
+    unlimited = window == 0 or window >= length
+    if unlimited and not torch.is_grad_enabled() and takes_cudnn(q):
+        return _cudnn_attention(q, k, v)
+    if num_queries == length and unlimited:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         with _cudnn_first(q):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -309,6 +308,34 @@ def _cudnn_first(q: Tensor) -> AbstractContextManager:
     """
     order = _backend_order() if q.is_cuda else []
     return sdpa_kernel(order, set_priority=True) if order else nullcontext()
+
+
+def takes_cudnn(q: Tensor) -> bool:
+    """Whether inference calls cuDNN's attention by itself: on Hopper and later, where no other is as fast.
+
+    That also spares the host the choice of a backend.
+    """
+    if not q.is_cuda or q.dtype not in HALF or q.shape[-1] % 8 != 0 or q.shape[-1] > 128:
+        return False
+    return backends.cudnn_sdp_enabled() and torch.cuda.get_device_capability(q.device) >= (9, 0)
+
+
+def _cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`causal_attention` without a window, by cuDNN, whose causal mask is of as many queries as keys.
+
+    The last Q of more tokens attend to those before them and among themselves, in two calls that the
+    logarithms l of their sums of exponentials join:
+
+        out = (exp(l_1) out_1 + exp(l_2) out_2) / (exp(l_1) + exp(l_2))
+    """
+    earlier = k.shape[1] - q.shape[1]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    own = CUDNN_ATTENTION(q, k[:, :, earlier:], v[:, :, earlier:], None, earlier > 0, 0.0, True)
+    if earlier == 0:
+        return own[0].transpose(1, 2)
+    before = CUDNN_ATTENTION(q, k[:, :, :earlier], v[:, :, :earlier], None, True, 0.0, False)
+    share = torch.sigmoid(own[1] - before[1]).view(*q.shape[:3], 1)
+    return torch.lerp(before[0].float(), own[0].float(), share).to(q.dtype).transpose(1, 2)
 
 
 @torch.compiler.assume_constant_result
@@ -415,19 +442,19 @@ class _Attention(nn.Module):
         num_heads: int,
         cos_sin: Tensor,
         step: PrefillChunk | DecodeStep,
+        norm: RMSNorm | None,
         k_norm: RMSNorm | None = None,
         layer: int | None = None,
     ) -> Tensor | None:
         """Project x [T, hidden] to num_heads (+ 2 Hkv) heads; norm, RoPE, cache write; return the queries.
 
-        layer: the one whose keys and values are among them; None when they are queries only.
+        norm: what x goes through first. layer: the one whose keys and values are among the heads; None when
+        they are queries only.
         """
         positions, q_norm = step.positions, None if self.q_norm is None else self.q_norm.weight
         fused = projects_in_one_launch(x)
-        if fused and layer is None:
-            return ops.rope_key_projection(
-                x, weight, positions, cos_sin, q_norm, self.eps, interleaved=self.interleaved
-            )
+        if norm is not None and not (fused and norm.eps == self.eps):
+            x, norm = norm(x), None
         q = x.new_empty(x.shape[0], num_heads, self.head_dim) if num_heads else None
         caches: dict[str, Tensor | None] = dict(k_cache=None, v_cache=None)
         if layer is not None:
@@ -443,7 +470,8 @@ class _Attention(nn.Module):
             **caches,
         )
         if fused:
-            ops.rope_key_projection_write(x, weight, **arguments)
+            input_norm = None if norm is None else norm.weight
+            ops.rope_key_projection_write(x, weight, input_norm=input_norm, **arguments)
         else:
             ops.rope_write_kv(F.linear(x, weight).unflatten(-1, (-1, self.head_dim)), **arguments)
         return q
@@ -542,20 +570,31 @@ class StorageAttention(_Attention):
         if self.layer in cache.fp8_layers:
             cache.set_scales(self.layer, *self.kv_scales(norm_weight, cos_sin))
 
-    def cached(self, x: Tensor, cos_sin: Tensor, step: PrefillChunk | DecodeStep, residual: Tensor) -> Tensor:
-        """Write the keys and values of x [T, hidden] to the step's slots, then attend to the cache.
+    def cached(
+        self,
+        x: Tensor,
+        cos_sin: Tensor,
+        step: PrefillChunk | DecodeStep,
+        residual: Tensor,
+        norm: RMSNorm | None = None,
+    ) -> Tensor:
+        """Write the keys and values of x [T, hidden], or of norm(x), to the step's slots, then attend to the
+        cache.
 
         The output is added to residual [T, hidden] in place, which is returned.
         """
         weight = self.qkv_proj.weight
-        q = self._project_and_write(x, weight, self.num_heads, cos_sin, step, self.k_norm, self.layer)
+        q = self._project_and_write(x, weight, self.num_heads, cos_sin, step, norm, self.k_norm, self.layer)
         out = step.attend(q, step.cache.own(self.layer), self.window)
-        return add_projected(residual, out.flatten(1), self.o_proj.weight)
+        ops.linear_add(residual, out.flatten(1), self.o_proj.weight)
+        return residual
 
-    def write_kv(self, x: Tensor, cos_sin: Tensor, step: PrefillChunk | DecodeStep) -> None:
-        """Only write the keys and values of x [T, hidden]: all that a prompt needs of the last such layer."""
+    def write_kv(
+        self, x: Tensor, cos_sin: Tensor, step: PrefillChunk | DecodeStep, norm: RMSNorm | None = None
+    ) -> None:
+        """Only write the keys and values: all that a prompt needs of the last such layer."""
         rows = self.qkv_proj.weight[self.num_heads * self.head_dim :]
-        self._project_and_write(x, rows, 0, cos_sin, step, self.k_norm, self.layer)
+        self._project_and_write(x, rows, 0, cos_sin, step, norm, self.k_norm, self.layer)
 
 
 class ReconstructionAttention(_Attention):
@@ -635,14 +674,22 @@ class ReconstructionAttention(_Attention):
         """
         cache.set_weights(self, self.plan, *self.fusion())
 
-    def cached(self, x: Tensor, cos_sin: Tensor, step: PrefillChunk | DecodeStep, residual: Tensor) -> Tensor:
-        """Attend from x [T, hidden] to the cache of the source layers, after `bind`.
+    def cached(
+        self,
+        x: Tensor,
+        cos_sin: Tensor,
+        step: PrefillChunk | DecodeStep,
+        residual: Tensor,
+        norm: RMSNorm | None = None,
+    ) -> Tensor:
+        """Attend from x [T, hidden], or from norm(x), to the cache of the source layers, after `bind`.
 
         The output is added to residual [T, hidden] in place, which is returned.
         """
-        q = self._project_and_write(x, self.q_proj.weight, self.num_heads, cos_sin, step)
+        q = self._project_and_write(x, self.q_proj.weight, self.num_heads, cos_sin, step, norm)
         out = step.attend(q, step.cache.fused(self))
-        return add_projected(residual, out.flatten(1), self.o_proj.weight)
+        ops.linear_add(residual, out.flatten(1), self.o_proj.weight)
+        return residual
 
 
 def mix_sources(
@@ -735,9 +782,9 @@ class DecoderLayer(nn.Module):
 
     def cached(self, x: Tensor, cos_sin: Tensor, step: PrefillChunk | DecodeStep) -> Tensor:
         """Change x [T, hidden] in place, through a cache that `bind` has prepared, and return it."""
-        x = self.attention.cached(self.attention_norm(x), cos_sin, step, x)
-        return self.mlp.cached(self.mlp_norm(x), x)
+        self.attention.cached(x, cos_sin, step, x, self.attention_norm)
+        return self.mlp.cached(x, x, self.mlp_norm)
 
     def write_kv(self, x: Tensor, cos_sin: Tensor, step: PrefillChunk | DecodeStep) -> None:
         """Only the cache write of a storage layer."""
-        self.attention.write_kv(self.attention_norm(x), cos_sin, step)
+        self.attention.write_kv(x, cos_sin, step, self.attention_norm)

@@ -146,11 +146,11 @@ def rope_key_projection_write(
     x: Tensor,
     weight: Tensor,
     q_out: Tensor | None,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: Tensor | None,
+    v_cache: Tensor | None,
     positions: Tensor,
     cos_sin: Tensor,
-    slot_mapping: Tensor,
+    slot_mapping: Tensor | None = None,
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
@@ -160,6 +160,7 @@ def rope_key_projection_write(
     v_scale: Tensor | None = None,
     k_copy: Tensor | None = None,
     v_copy: Tensor | None = None,
+    input_norm: Tensor | None = None,
 ) -> None:
     """`rope_write_kv` of the product `x @ weight.T + bias`, without the product touching memory.
 
@@ -167,6 +168,8 @@ def rope_key_projection_write(
         x: [T, hidden], hidden a multiple of 8.
         weight: [(Hq + 2 * Hkv) * D, hidden] contiguous, heads in the order q, k, v.
         bias: [(Hq + 2 * Hkv) * D] or None.
+        input_norm: [hidden]: x goes through RMSNorm with this weight and eps first, on Hopper for few tokens
+            in bfloat16 in the same launch.
         The others: as in `rope_write_kv`.
 
     Raises:
@@ -190,6 +193,7 @@ def rope_key_projection_write(
         v_scale,
         k_copy,
         v_copy,
+        input_norm,
     )
 
 
@@ -291,6 +295,47 @@ def swiglu(gate_up: Tensor) -> Tensor:
         ValueError: a dtype, shape or stride that does not fit.
     """
     return _ops.swiglu(gate_up)
+
+
+def linear_add(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    """Add a product to what is there, as o_proj and down_proj do to the residual stream, and round once.
+
+        out += x @ weight.T
+
+    On Hopper one launch for up to 64 tokens, which reads the weight faster than the library's product; else
+    the library's.
+
+    Args:
+        out: [T, N], changed in place.
+        x: [T, K] of the dtype of out.
+        weight: [N, K].
+
+    Raises:
+        ValueError: a device, dtype, shape or stride that does not fit.
+    """
+    _ops.linear_add(out, x, weight)
+
+
+def swiglu_linear(x: Tensor, weight: Tensor, input_norm: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """The first half of a SwiGLU MLP: RMSNorm, the product with gate and up, and the gated activation.
+
+        gate, up = (norm(x) @ weight.T).chunk(2, -1),   out = silu(gate) * up
+
+    On Hopper one launch for up to 64 tokens (with a norm in bfloat16 only), without a rounding between norm,
+    product and activation; else the library's norm and product, and `swiglu`.
+
+    Args:
+        x: [T, K].
+        weight: [2 * I, K] of the dtype of x, gate in the first I rows; on CUDA I is a multiple of 8.
+        input_norm, eps: x / sqrt(mean(x^2) + eps) * input_norm, [K]; None for x as it is.
+
+    Returns:
+        [T, I].
+
+    Raises:
+        ValueError: a device, dtype, shape or stride that does not fit.
+    """
+    return _ops.swiglu_linear(x, weight, input_norm, eps)
 
 
 def attention_schedule(

@@ -128,11 +128,11 @@ def rope_key_projection_write(
     x: Tensor,
     weight: Tensor,
     q_out: Tensor | None,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: Tensor | None,
+    v_cache: Tensor | None,
     positions: Tensor,
     cos_sin: Tensor,
-    slot_mapping: Tensor,
+    slot_mapping: Tensor | None = None,
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
@@ -142,7 +142,10 @@ def rope_key_projection_write(
     v_scale: Tensor | None = None,
     k_copy: Tensor | None = None,
     v_copy: Tensor | None = None,
+    input_norm: Tensor | None = None,
 ) -> None:
+    if input_norm is not None:
+        x = rms_norm(x, input_norm, eps)
     wide_bias = None if bias is None else _wide(bias)
     heads = torch.nn.functional.linear(_wide(x), _wide(weight), wide_bias)
     rope_write_kv(
@@ -223,6 +226,17 @@ def fuse_kv_backward(
 def swiglu(gate_up: Tensor) -> Tensor:
     gate, up = _wide(gate_up).chunk(2, -1)
     return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype).contiguous()
+
+
+def linear_add(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    out.addmm_(x, weight.t())  # adds what out holds before it rounds
+
+
+def swiglu_linear(x: Tensor, weight: Tensor, input_norm: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """Rounds in between, unlike the others: widening a weight in every call takes longer than its product."""
+    if input_norm is not None:
+        x = rms_norm(x, input_norm, eps).to(x.dtype)
+    return swiglu(torch.nn.functional.linear(x, weight))
 
 
 def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:

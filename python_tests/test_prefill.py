@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import tiny
 import torch
+from oracle import assert_close_2x
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from fusedkv_ext import cache as cache_module
 from fusedkv_ext import modules
 from fusedkv_ext.cache import PrefillChunk
+from fusedkv_ext.modules import causal_attention
 
 PLANS = ("vanilla", "cla", "fusedkv", "fusedkv_lite", "dense_fusion")
 LENGTHS = ((7,), (7, 7, 7), (5, 11, 5, 2))
@@ -51,7 +53,7 @@ def flash(monkeypatch):
 
     monkeypatch.setattr(modules, "varlen_attn", fake)
     fake.__kwdefaults__ = {"window_size": (-1, -1), "enable_gqa": False}
-    monkeypatch.setattr(PrefillChunk, "segments", lambda self, window, q: self._plan(window, True))
+    monkeypatch.setattr(PrefillChunk, "segments", lambda self, window, q: self._plan(window, True, False))
     monkeypatch.setattr(cache_module, "OWN_CALL", 8)
     return calls
 
@@ -242,6 +244,42 @@ def test_recomputed_fusion_compiles(device):
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for a, b in zip(expected, gradients(model, ids, compiled), strict=True):
         assert (a - b).abs().max() <= (1e-5 if device == "cpu" else 0.05) * a.abs().max() + 1e-6
+
+
+def fake_cudnn(q, k, v, mask, gives_lse, dropout, causal):
+    """What _scaled_dot_product_cudnn_attention gives, of [B, H, S, D], in plain torch."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    if causal:
+        assert q.shape[2] == k.shape[2], "cuDNN's causal mask begins at the first key"
+        scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), float("-inf"))
+    return scores.softmax(-1) @ v, scores.logsumexp(-1) if gives_lse else None
+
+
+@pytest.mark.parametrize("queries", [1, 5, 9])
+def test_two_calls_of_cudnn_are_joined(monkeypatch, queries):
+    monkeypatch.setattr(modules, "takes_cudnn", lambda q: True)
+    monkeypatch.setattr(modules, "CUDNN_ATTENTION", fake_cudnn)
+    q, k, v = (3 * torch.randn(2, n, heads, 8) for n, heads in ((queries, 6), (9, 2), (9, 2)))
+    plain = causal_attention(q, k, v)  # while gradients are enabled
+    with torch.no_grad():
+        joined = causal_attention(q, k, v)
+    assert plain.shape == joined.shape
+    torch.testing.assert_close(joined, plain)
+    assert queries == 9 or not torch.equal(joined, plain), "both took the same way"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
+@pytest.mark.parametrize("queries, length", [(300, 300), (128, 1000), (1, 77), (2048, 4099)])
+def test_inference_attention_on_a_gpu(heads, queries, length):
+    q, k, v = (
+        torch.randn(2, n, h, 128, device="cuda").bfloat16()
+        for n, h in ((queries, heads[0]), (length, heads[1]), (length, heads[1]))
+    )
+    wide, plain = causal_attention(q.double(), k.double(), v.double()), causal_attention(q, k, v)
+    with torch.no_grad():
+        assert_close_2x(causal_attention(q, k, v), wide, plain, absolute=2**-9)
 
 
 def test_cudnn_comes_first_where_it_is_enabled():

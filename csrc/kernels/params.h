@@ -73,16 +73,37 @@ struct RopeWriteKvParams {
   HeadOutputs heads;
 };
 
-// x @ weight^T (+ bias) makes the heads.
-struct RopeKeyProjectionParams {
+// x @ weight^T. With an input norm x is RMSNorm(x): x * input_norm is rounded to the dtype once, and what x
+// is divided by is applied to the product. Only the kernels for few tokens have it, and only in bf16, because
+// before that division f16 might overflow.
+struct ProductParams {
   DType dtype;
   int64_t num_tokens;
-  int hidden;          // K of the product, a multiple of 8
-  const void* x;       // [T, hidden]
-  int64_t x_stride;    // between rows
-  const void* weight;  // [(Hq + 2 * Hkv) * D, hidden] contiguous
-  const void* bias;    // [(Hq + 2 * Hkv) * D] or null
+  int hidden;              // K of the product, a multiple of 8
+  const void* x;           // [T, hidden]
+  int64_t x_stride;        // between rows
+  const void* weight;      // [rows, hidden] contiguous
+  const void* input_norm;  // [hidden] of dtype, or null
+  float input_eps;
+};
+
+// The product (+ bias) makes the heads.
+struct RopeKeyProjectionParams : ProductParams {  // weight: [(Hq + 2 * Hkv) * D, hidden]
+  const void* bias;                               // [(Hq + 2 * Hkv) * D] or null
   HeadOutputs heads;
+};
+
+// out += x @ weight^T, rounded once.
+struct LinearAddParams : ProductParams {
+  int size;   // rows of the weight, a multiple of 32
+  void* out;  // [T, size]
+  int64_t out_stride;
+};
+
+// out = silu(gate) * up, where x @ weight^T is gate and then up.
+struct SwigluLinearParams : ProductParams {
+  int size;   // I, a multiple of 16; the weight has 2 * I rows
+  void* out;  // [T, I] contiguous
 };
 
 // The gradient through norm and RoPE of projected heads, all of one kind and with one norm.

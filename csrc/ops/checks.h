@@ -2,7 +2,9 @@
 // top (16-byte alignment). Every message has the form `op: argument: expected ..., got ...`.
 #pragma once
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/Exception.h>
 #include <cuda_runtime_api.h>
 
@@ -282,6 +284,23 @@ inline void fill_rope(HeadOutputs& heads, const at::Tensor& positions, const at:
   heads.eps = static_cast<float>(eps);
   heads.interleaved = interleaved;
 }
+
+// Fills the product x @ weight^T of checked matrices; x as it is, so that the caller may give an aligned
+// copy.
+inline void fill_product(ProductParams& params, const at::Tensor& x, const at::Tensor& weight) {
+  params.dtype = kernel_dtype(x);
+  params.num_tokens = x.size(0);
+  params.hidden = static_cast<int>(x.size(1));
+  params.x = x.const_data_ptr();
+  params.x_stride = x.stride(0);
+  params.weight = weight.const_data_ptr();
+}
+
+// Around calls of torch's own ops from inside an op: no graph is recorded and autocast changes no dtype.
+struct LibraryCall {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  c10::impl::ExcludeDispatchKeyGuard without_autocast{c10::autocast_dispatch_keyset};
+};
 
 // Turns what a run_* function returned into an error.
 inline void check_launch(const char* op, cudaError_t status) {

@@ -27,12 +27,13 @@ at::Tensor rope_key_projection(const at::Tensor& x, const at::Tensor& weight, co
                                const OptionalTensor& bias, bool interleaved);
 
 void rope_key_projection_write(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& q_out,
-                               const at::Tensor& k_cache, const at::Tensor& v_cache,
+                               const OptionalTensor& k_cache, const OptionalTensor& v_cache,
                                const at::Tensor& positions, const at::Tensor& cos_sin,
-                               const at::Tensor& slot_mapping, const OptionalTensor& q_norm,
+                               const OptionalTensor& slot_mapping, const OptionalTensor& q_norm,
                                const OptionalTensor& k_norm, double eps, const OptionalTensor& bias,
                                bool interleaved, const OptionalTensor& k_scale, const OptionalTensor& v_scale,
-                               const OptionalTensor& k_copy, const OptionalTensor& v_copy);
+                               const OptionalTensor& k_copy, const OptionalTensor& v_copy,
+                               const OptionalTensor& input_norm);
 
 std::tuple<at::Tensor, at::Tensor> rope_norm_backward(const at::Tensor& grad, const OptionalTensor& heads,
                                                       const at::Tensor& positions, const at::Tensor& cos_sin,
@@ -47,6 +48,11 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor, at::Ten
     const at::Tensor& key_weights, const at::Tensor& value_weights);
 
 at::Tensor swiglu(const at::Tensor& gate_up);
+
+void linear_add(const at::Tensor& out, const at::Tensor& x, const at::Tensor& weight);
+
+at::Tensor swiglu_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& input_norm,
+                         double eps);
 
 at::Tensor attention_schedule(const at::Tensor& seq_lens, int64_t max_seq_len, int64_t num_query_tokens,
                               int64_t num_query_heads, int64_t num_kv_heads, int64_t window);

@@ -13,6 +13,8 @@ TORCH_LIBRARY_IMPL(fusedkv, CUDA, m) {
   m.impl("fuse_kv", &fusedkv::ops::fuse_kv);
   m.impl("fuse_kv_backward", &fusedkv::ops::fuse_kv_backward);
   m.impl("swiglu", &fusedkv::ops::swiglu);
+  m.impl("linear_add", &fusedkv::ops::linear_add);
+  m.impl("swiglu_linear", &fusedkv::ops::swiglu_linear);
   m.impl("attention_schedule", &fusedkv::ops::attention_schedule);
   m.impl("fused_attention", &fusedkv::ops::fused_attention);
 }

@@ -1,4 +1,5 @@
 #include <ATen/ops/empty.h>
+#include <ATen/ops/rms_norm.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -32,15 +33,20 @@ int64_t check_inputs(const Checker& check, const at::Tensor& x, const at::Tensor
 
 // Fills the inputs of the product, once checked, and launches.
 void project(const Checker& check, RopeKeyProjectionParams& params, const at::Tensor& x,
-             const at::Tensor& weight, const OptionalTensor& bias) {
-  const at::Tensor rows = aligned_or_copy(x);
-  params.dtype = kernel_dtype(x);
-  params.num_tokens = x.size(0);
-  params.hidden = static_cast<int>(x.size(1));
+             const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& input_norm = {},
+             double eps = 0) {
+  fill_product(params, x, weight);
+  params.bias = data_or_null(bias);
+  at::Tensor rows = aligned_or_copy(x);
+  if (input_norm && takes_input_norm(params)) {
+    params.input_norm = input_norm->const_data_ptr();
+    params.input_eps = static_cast<float>(eps);
+  } else if (input_norm) {
+    const LibraryCall guard;
+    rows = at::rms_norm(x, x.size(1), input_norm, eps);
+  }
   params.x = rows.const_data_ptr();
   params.x_stride = rows.stride(0);
-  params.weight = weight.const_data_ptr();
-  params.bias = data_or_null(bias);
   check_launch(check.op, run_rope_key_projection(params, c10::cuda::getCurrentCUDAStream()));
 }
 
@@ -66,23 +72,25 @@ at::Tensor rope_key_projection(const at::Tensor& x, const at::Tensor& weight, co
 }
 
 void rope_key_projection_write(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& q_out,
-                               const at::Tensor& k_cache, const at::Tensor& v_cache,
+                               const OptionalTensor& k_cache, const OptionalTensor& v_cache,
                                const at::Tensor& positions, const at::Tensor& cos_sin,
-                               const at::Tensor& slot_mapping, const OptionalTensor& q_norm,
+                               const OptionalTensor& slot_mapping, const OptionalTensor& q_norm,
                                const OptionalTensor& k_norm, double eps, const OptionalTensor& bias,
                                bool interleaved, const OptionalTensor& k_scale, const OptionalTensor& v_scale,
-                               const OptionalTensor& k_copy, const OptionalTensor& v_copy) {
+                               const OptionalTensor& k_copy, const OptionalTensor& v_copy,
+                               const OptionalTensor& input_norm) {
   const Checker check("rope_key_projection_write", x);
   const int64_t d = check_inputs(check, x, weight, positions, cos_sin, bias);
   check.norm("q_norm", q_norm, d, x.scalar_type());
   check.norm("k_norm", k_norm, d, x.scalar_type());
+  check.norm("input_norm", input_norm, x.size(1), x.scalar_type());
   RopeKeyProjectionParams params{};
   params.heads = check.head_outputs("weight", weight.size(0) / d, x.size(0), d, x, q_out, k_cache, v_cache,
                                     slot_mapping, k_scale, v_scale, k_copy, v_copy);
   fill_rope(params.heads, positions, cos_sin, q_norm, k_norm, eps, interleaved);
 
   const c10::cuda::CUDAGuard guard(x.device());
-  project(check, params, x, weight, bias);
+  project(check, params, x, weight, bias, input_norm, eps);
 }
 
 }  // namespace fusedkv::ops

@@ -102,13 +102,18 @@ struct Vec8 {
   }
 
   template <class T>
-  __device__ __forceinline__ void store(T* p) const {
+  __device__ __forceinline__ Bits8<T> pack() const {
     Bits2<T> pairs[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) pairs[i] = pack2<T>(x[2 * i], x[2 * i + 1]);
     Bits8<T> bits;
     memcpy(&bits, pairs, sizeof(bits));
-    *reinterpret_cast<Bits8<T>*>(p) = bits;
+    return bits;
+  }
+
+  template <class T>
+  __device__ __forceinline__ void store(T* p) const {
+    *reinterpret_cast<Bits8<T>*>(p) = pack<T>();
   }
 };
 

@@ -24,7 +24,12 @@ bool are_few_tokens(const RopeKeyProjectionParams& p) {
 }
 }  // namespace
 
+bool takes_input_norm(const RopeKeyProjectionParams& params) {
+  return params.dtype == DType::kBF16 && are_few_tokens(params) && has_few_token_kernels();
+}
+
 cudaError_t run_rope_key_projection(const RopeKeyProjectionParams& params, cudaStream_t stream) {
+  if (params.input_norm != nullptr && !takes_input_norm(params)) return cudaErrorInvalidValue;
   return dispatch_half(params.dtype, [&](auto t) {
     return dispatch_head_dim(params.heads.head_dim, [&](auto d) {
       using T = typename decltype(t)::type;
