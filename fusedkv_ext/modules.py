@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 KeysValues = tuple[Tensor, Tensor]
 HAS_HOPPER_KERNELS = "90a" in getattr(extension.load(), "architectures", "")  # None has no such attribute
 CUDNN_ATTENTION = torch.ops.aten._scaled_dot_product_cudnn_attention  # also gives what joins two calls
+CUDNN_LENGTH = 1024  # whose multiples it gets, because it plans for 45 ms (H200) before each new shape
 QUERY_BLOCK = 512  # query tokens that one explicit mask covers, to bound its memory
 E4M3_MAX = 448.0  # the largest float8_e4m3fn
 
@@ -280,7 +281,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor
     num_queries, length = q.shape[1], k.shape[1]
     unlimited = window == 0 or window >= length
     if unlimited and not torch.is_grad_enabled() and takes_cudnn(q):
-        return _cudnn_attention(q, k, v)
+        return _inference_attention(q, k, v)
     if num_queries == length and unlimited:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         with _cudnn_first(q):
@@ -311,17 +312,30 @@ def _cudnn_first(q: Tensor) -> AbstractContextManager:
 
 
 def takes_cudnn(q: Tensor) -> bool:
-    """Whether inference calls cuDNN's attention by itself: on Hopper and later, where no other is as fast.
-
-    That also spares the host the choice of a backend.
-    """
+    """Whether inference prefers cuDNN for attention: on Hopper and later, where no other is as fast."""
     if not q.is_cuda or q.dtype not in HALF or q.shape[-1] % 8 != 0 or q.shape[-1] > 128:
         return False
     return backends.cudnn_sdp_enabled() and torch.cuda.get_device_capability(q.device) >= (9, 0)
 
 
+def _inference_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`causal_attention` without a window: multiples of CUDNN_LENGTH by cuDNN, the rest by flash."""
+    count, earlier = q.shape[1], k.shape[1] - q.shape[1]
+    whole = 0 if earlier % CUDNN_LENGTH else count - count % CUDNN_LENGTH
+    parts = []
+    if whole > 0:
+        parts.append(_cudnn_attention(q[:, :whole], k[:, : earlier + whole], v[:, : earlier + whole]))
+    if whole < count:
+        rest = q[:, whole:]
+        sequences = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
+        ends, longest = (sequences * rest.shape[1], sequences * k.shape[1]), (rest.shape[1], k.shape[1])
+        out = ragged_attention(*(x.flatten(0, 1) for x in (rest, k, v)), ends, longest)
+        parts.append(out.view_as(rest))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
 def _cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`causal_attention` without a window, by cuDNN, whose causal mask is of as many queries as keys.
+    """The same by cuDNN alone, whose causal mask is of as many queries as keys.
 
     The last Q of more tokens attend to those before them and among themselves, in two calls that the
     logarithms l of their sums of exponentials join:
@@ -334,8 +348,8 @@ def _cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if earlier == 0:
         return own[0].transpose(1, 2)
     before = CUDNN_ATTENTION(q, k[:, :, :earlier], v[:, :, :earlier], None, True, 0.0, False)
-    share = torch.sigmoid(own[1] - before[1]).view(*q.shape[:3], 1)
-    return torch.lerp(before[0].float(), own[0].float(), share).to(q.dtype).transpose(1, 2)
+    share = torch.sigmoid(own[1] - before[1]).view(*q.shape[:3], 1).to(q.dtype)
+    return torch.lerp(before[0], own[0], share).transpose(1, 2)
 
 
 @torch.compiler.assume_constant_result

@@ -256,22 +256,36 @@ def fake_cudnn(q, k, v, mask, gives_lse, dropout, causal):
     return scores.softmax(-1) @ v, scores.logsumexp(-1) if gives_lse else None
 
 
-@pytest.mark.parametrize("queries", [1, 5, 9])
-def test_two_calls_of_cudnn_are_joined(monkeypatch, queries):
-    monkeypatch.setattr(modules, "takes_cudnn", lambda q: True)
-    monkeypatch.setattr(modules, "CUDNN_ATTENTION", fake_cudnn)
-    q, k, v = (3 * torch.randn(2, n, heads, 8) for n, heads in ((queries, 6), (9, 2), (9, 2)))
+@pytest.mark.parametrize(
+    "queries, shapes", [(1, []), (4, [(4, 4), (4, 8)]), (6, [(4, 4), (4, 4)]), (12, [(12, 12)])]
+)
+def test_inference_attention_in_parts(request, monkeypatch, queries, shapes):
+    """Multiples of a length go to cuDNN, in two calls where there are earlier keys, and the rest to flash."""
+    calls = []
+
+    def cudnn(q, k, *rest):
+        calls.append((q.shape[2], k.shape[2]))
+        return fake_cudnn(q, k, *rest)
+
+    q, k, v = (3 * torch.randn(2, n, heads, 8) for n, heads in ((queries, 6), (12, 2), (12, 2)))
+    if queries == 6:  # the earlier keys are a multiple, the queries are not
+        k, v = k[:, :10], v[:, :10]
     plain = causal_attention(q, k, v)  # while gradients are enabled
+    flash = request.getfixturevalue("flash")
+    monkeypatch.setattr(modules, "takes_cudnn", lambda q: True)
+    monkeypatch.setattr(modules, "CUDNN_ATTENTION", cudnn)
+    monkeypatch.setattr(modules, "CUDNN_LENGTH", 4)
     with torch.no_grad():
-        joined = causal_attention(q, k, v)
-    assert plain.shape == joined.shape
-    torch.testing.assert_close(joined, plain)
-    assert queries == 9 or not torch.equal(joined, plain), "both took the same way"
+        torch.testing.assert_close(causal_attention(q, k, v), plain)
+    assert calls == shapes and len(flash) == (queries % 4 > 0)
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
-@pytest.mark.parametrize("queries, length", [(300, 300), (128, 1000), (1, 77), (2048, 4099)])
+@pytest.mark.parametrize(
+    "queries, length",
+    [(300, 300), (128, 1000), (1, 77), (2048, 4099), (2048, 2048), (2048, 5120), (1500, 2524)],
+)
 def test_inference_attention_on_a_gpu(heads, queries, length):
     q, k, v = (
         torch.randn(2, n, h, 128, device="cuda").bfloat16()

@@ -24,6 +24,10 @@
 #include "common/tensor_map.h"
 #include "launch.h"
 
+#ifndef VAR
+#define VAR 1
+#define MOST 113
+#endif
 namespace fusedkv {
 
 constexpr int kFewRows = 128;  // of the weight, a cluster
@@ -45,7 +49,7 @@ struct FewTokens {
   static constexpr int kSumBytes = (kTokens + kFewMaxCluster) * kFewStride * sizeof(float);
   // An SM's: the more is asked for, the sooner the weight is there. With few tokens half of one, so that the
   // next kernel's CTAs have room while this one's still run.
-  static constexpr int kMostBytes = (kTokens == 8 ? 113 : 226) * 1024;
+  static constexpr int kMostBytes = (kTokens == 8 ? MOST : 226) * 1024;
   static constexpr int kStages = (kMostBytes - 1024 - 384 - kSumBytes) / kStageBytes;
   static constexpr int kRingBytes = kStages * kStageBytes;
   static constexpr int kFullOffset = kRingBytes + kSumBytes;  // barriers
@@ -167,7 +171,9 @@ struct FewProduct {
 #pragma unroll 1
     for (int i = 0; i < first; ++i) copy_weight(i, i);
     wait_for_previous_kernels();
+#if VAR == 0
     let_next_kernel_start();
+#endif
     cluster_wait();  // x goes to the others' memory
 #pragma unroll 1
     for (int i = 0; i < first; ++i) copy_x(i, i);
@@ -178,6 +184,9 @@ struct FewProduct {
       copy_weight(at.stage, i);
       copy_x(at.stage, i);
     }
+#if VAR != 0
+    let_next_kernel_start();
+#endif
   }
 
   // The norm's warps. Thread i has chunk i % 8 of tokens i / 8, i / 8 + 8, ...
