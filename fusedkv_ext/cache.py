@@ -26,6 +26,7 @@ from fusedkv_ext import ops
 from fusedkv_ext.checks import FLOATS, HALF, expect, integer
 from fusedkv_ext.config import FusedKVConfig
 from fusedkv_ext.modules import (
+    CUDNN_LENGTH,
     KeysValues,
     causal_attention,
     masked_attention,
@@ -37,6 +38,7 @@ from fusedkv_ext.plan import LayerPlan
 
 FP8_SOURCES = ("none", "copy", "only")
 OWN_CALL = 1024  # tokens of a sequence whose attention takes longer than a launch
+SPLIT_FROM = 4096  # tokens of a sequence of which cuDNN gets a part: of fewer, flash attention is as good
 
 
 @dataclass
@@ -437,7 +439,8 @@ class _Segment:
             k, v = (x.flatten(0, -3)[self.keys] for x in (k, v))
             return ragged_attention(q, k, v, self.ends, self.longest, window)
         count, length = self.shape
-        k, v = (x if x.dim() == 4 else x[self.keys].unflatten(0, (-1, length)) for x in (k, v))
+        # A view of sequences is all of them, or of one that this may be a part of.
+        k, v = (x[:, :length] if x.dim() == 4 else x[self.keys].unflatten(0, (-1, length)) for x in (k, v))
         return causal_attention(q.unflatten(0, (-1, count)), k, v, window).flatten(0, 1)
 
 
@@ -491,9 +494,10 @@ class PrefillChunk:
     def segments(self, window: int, q: Tensor) -> list[_Segment]:
         """The calls that attention of q takes: one where all sequences are alike, and as few as possible.
 
-        On CUDA flash attention takes any sequences at once. The library's attention of equal sequences, whole
-        or continued by cuDNN, is faster still, so those that are long enough to be worth a call of their own
-        get one. The CPU has no such kernel, and a call for each run of equal sequences.
+        On CUDA flash attention takes any sequences at once. The library's attention of equal sequences is
+        faster still, so those that are long enough to be worth a call of their own get one: whole ones, or
+        where cuDNN is preferred what it takes. The CPU has no such flash attention, but a call for each run
+        of equal sequences.
         """
         ragged = q.is_cuda and q.dtype in HALF
         key = (window, ragged, takes_cudnn(q))
@@ -501,28 +505,38 @@ class PrefillChunk:
             self._segments[key] = self._plan(*key)
         return self._segments[key]
 
-    def _plan(self, window: int, ragged: bool, continues: bool) -> list[_Segment]:
+    def _plan(self, window: int, ragged: bool, by_cudnn: bool) -> list[_Segment]:
         shapes = list(zip(self.counts, self.lengths, strict=True))
 
-        def call(i: int) -> tuple[int, int] | None:
-            count, length = shapes[i]
-            whole = (count == length or continues) and window == 0
+        def call(shape: tuple[int, int]) -> tuple[int, int] | None:
+            count, length = shape
+            if not ragged:
+                return shape
+            in_multiples = count % CUDNN_LENGTH == length % CUDNN_LENGTH == 0
+            fits = in_multiples if by_cudnn else count == length
             alone = count >= OWN_CALL or len(set(shapes)) == 1
-            return None if ragged and not (whole and alone) else shapes[i]
+            return shape if fits and alone and window == 0 else None
 
+        count, length = shapes[0]
+        rest = count % CUDNN_LENGTH
+        if len(shapes) == 1 and count >= SPLIT_FROM and rest > 0 and call((count - rest, length - rest)):
+            own = _Segment(slice(count - rest), slice(length - rest), (count - rest, length - rest))
+            return [own, self._ragged(slice(count - rest, count), slice(length), [rest], [length])]
         segments, query, key = [], 0, 0
-        for shape, group in groupby(range(len(shapes)), call):
-            members = list(group)
-            counts, lengths = [self.counts[i] for i in members], [self.lengths[i] for i in members]
+        for shape, group in groupby(shapes, call):
+            counts, lengths = zip(*group, strict=True)
             queries, keys = slice(query, query + sum(counts)), slice(key, key + sum(lengths))
             query, key = queries.stop, keys.stop
-            segment = _Segment(queries, keys, shape)
-            if shape is None:
-                ends = (torch.tensor([0, *accumulate(x)], dtype=torch.int32) for x in (counts, lengths))
-                segment.ends = tuple(upload(x, self.cache.device) for x in ends)
-                segment.longest = (max(counts), max(lengths))
-            segments.append(segment)
+            own = shape is not None
+            segments.append(
+                _Segment(queries, keys, shape) if own else self._ragged(queries, keys, counts, lengths)
+            )
         return segments
+
+    def _ragged(self, queries: slice, keys: slice, counts: Sequence[int], lengths: Sequence[int]) -> _Segment:
+        ends = (torch.tensor([0, *accumulate(x)], dtype=torch.int32) for x in (counts, lengths))
+        ends = tuple(upload(x, self.cache.device) for x in ends)
+        return _Segment(queries, keys, None, ends, (max(counts), max(lengths)))
 
 
 @dataclass

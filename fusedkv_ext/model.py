@@ -103,10 +103,10 @@ class FusedKVModel(nn.Module):
                 shared[i] = own
         return self.norm(x)
 
-    def bind(self, cache: PagedKVCache) -> None:
-        """Hand a cache what it needs of the present weights, see DecoderLayer.bind."""
-        for layer in self.layers:
-            layer.bind(cache, self.rotary())
+    def bind(self, cache: PagedKVCache, layers: Iterable[int]) -> None:
+        """Hand a cache what it needs of the present weights of some layers, see DecoderLayer.bind."""
+        for i in layers:
+            self.layers[i].bind(cache, self.rotary())
 
     def cached(self, x: Tensor, layers: Iterable[int], step: PrefillChunk | DecodeStep) -> Tensor:
         """Change x [T, hidden] in place, through some of the layers with the cache, and return it."""
@@ -214,7 +214,7 @@ class FusedKVForCausalLM(nn.Module):
         Raises:
             ValueError: the weights have changed since the cache's tokens were written in e4m3.
         """
-        self.model.bind(cache)
+        self.model.bind(cache, range(self.config.num_layers))
 
     @torch.no_grad()
     @_without_autocast
@@ -257,9 +257,10 @@ class FusedKVForCausalLM(nn.Module):
             self.check_tokens(prompt, op, f"prompts[{i}]")
         cache.check_append(rows, [len(prompt) for prompt in prompts])
         prompts = [prompt.cpu() for prompt in prompts]
-        self.bind(cache)
 
         last, num_layers = self.config.plan.last_storage, self.config.num_layers
+        upper = range(last + 1, num_layers)  # bound while the device is at work, unless they take all tokens
+        self.model.bind(cache, range(num_layers if all_logits else last + 1))
         outputs: list[list[Tensor]] = [[] for _ in rows]  # of each prompt, chunk by chunk
         for parts in _chunks([len(prompt) for prompt in prompts], chunk):
             order = sorted(parts, key=lambda part: (part[2] - part[1], cache.length(rows[part[0]])))
@@ -278,6 +279,7 @@ class FusedKVForCausalLM(nn.Module):
                 outputs[i] = [*outputs[i], part] if all_logits else [part[-1:].clone()]
         if all_logits:
             return [torch.cat(parts) for parts in outputs]
+        self.model.bind(cache, upper)
         x = torch.cat([parts[0] for parts in outputs])
         step = cache.last_token_step(upload(torch.tensor(list(rows)), self.device))
         return self.logits(self.model.norm(self.model.cached(x, range(last, num_layers), step)))

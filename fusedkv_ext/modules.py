@@ -16,6 +16,7 @@ Dimensions: B sequences, S tokens, T packed tokens, Hq query heads, Hkv key/valu
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -280,8 +281,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor
     """
     num_queries, length = q.shape[1], k.shape[1]
     unlimited = window == 0 or window >= length
-    if unlimited and not torch.is_grad_enabled() and takes_cudnn(q):
-        return _inference_attention(q, k, v)
+    in_multiples = num_queries % CUDNN_LENGTH == length % CUDNN_LENGTH == 0
+    if in_multiples and unlimited and not torch.is_grad_enabled() and takes_cudnn(q):
+        return _cudnn_attention(q, k, v)
     if num_queries == length and unlimited:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         with _cudnn_first(q):
@@ -311,31 +313,23 @@ def _cudnn_first(q: Tensor) -> AbstractContextManager:
     return sdpa_kernel(order, set_priority=True) if order else nullcontext()
 
 
+@functools.cache  # every layer asks
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
 def takes_cudnn(q: Tensor) -> bool:
-    """Whether inference prefers cuDNN for attention: on Hopper and later, where no other is as fast."""
+    """Whether inference prefers cuDNN for attention: on Hopper and later, where no other is as fast.
+
+    It gets multiples of CUDNN_LENGTH, of queries and of the keys before them.
+    """
     if not q.is_cuda or q.dtype not in HALF or q.shape[-1] % 8 != 0 or q.shape[-1] > 128:
         return False
-    return backends.cudnn_sdp_enabled() and torch.cuda.get_device_capability(q.device) >= (9, 0)
-
-
-def _inference_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`causal_attention` without a window: multiples of CUDNN_LENGTH by cuDNN, the rest by flash."""
-    count, earlier = q.shape[1], k.shape[1] - q.shape[1]
-    whole = 0 if earlier % CUDNN_LENGTH else count - count % CUDNN_LENGTH
-    parts = []
-    if whole > 0:
-        parts.append(_cudnn_attention(q[:, :whole], k[:, : earlier + whole], v[:, : earlier + whole]))
-    if whole < count:
-        rest = q[:, whole:]
-        sequences = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
-        ends, longest = (sequences * rest.shape[1], sequences * k.shape[1]), (rest.shape[1], k.shape[1])
-        out = ragged_attention(*(x.flatten(0, 1) for x in (rest, k, v)), ends, longest)
-        parts.append(out.view_as(rest))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return backends.cudnn_sdp_enabled() and _capability(q.device) >= (9, 0)
 
 
 def _cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same by cuDNN alone, whose causal mask is of as many queries as keys.
+    """`causal_attention` without a window by cuDNN, whose causal mask is of as many queries as keys.
 
     The last Q of more tokens attend to those before them and among themselves, in two calls that the
     logarithms l of their sums of exponentials join:
@@ -407,7 +401,7 @@ def projects_in_one_launch(x: Tensor) -> bool:
     """
     if x.device.type != "cuda" or x.dtype not in HALF or x.shape[1] % 8 != 0:
         return False
-    return HAS_HOPPER_KERNELS and torch.cuda.get_device_capability(x.device) == (9, 0)
+    return HAS_HOPPER_KERNELS and _capability(x.device) == (9, 0)
 
 
 class _Attention(nn.Module):

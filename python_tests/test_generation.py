@@ -1,3 +1,4 @@
+import gc
 import itertools
 from types import SimpleNamespace
 
@@ -171,6 +172,16 @@ def test_autocast_changes_nothing(device):
         expected = generate(model, prompts, 6, **options).tokens
         with torch.autocast(device, dtype=torch.float16):
             assert generate(model, prompts, 6, **options).tokens == expected
+
+
+@pytest.mark.cuda
+def test_generation_leaves_no_memory_behind():
+    model, prompts, allocated = tiny.model("fusedkv", device="cuda"), tiny.prompts(5, 3), []
+    for _ in range(6):
+        assert generate(model, prompts, 4).cuda_graph
+        gc.collect()
+        allocated.append(torch.cuda.memory_allocated())
+    assert allocated[-1] == allocated[1]
 
 
 @pytest.mark.cuda

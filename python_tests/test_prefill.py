@@ -256,28 +256,55 @@ def fake_cudnn(q, k, v, mask, gives_lse, dropout, causal):
     return scores.softmax(-1) @ v, scores.logsumexp(-1) if gives_lse else None
 
 
-@pytest.mark.parametrize(
-    "queries, shapes", [(1, []), (4, [(4, 4), (4, 8)]), (6, [(4, 4), (4, 4)]), (12, [(12, 12)])]
-)
-def test_inference_attention_in_parts(request, monkeypatch, queries, shapes):
-    """Multiples of a length go to cuDNN, in two calls where there are earlier keys, and the rest to flash."""
+@pytest.fixture
+def cudnn(monkeypatch):
+    """Inference prefers cuDNN, in multiples of 4; the list has the queries and keys of its calls."""
     calls = []
 
-    def cudnn(q, k, *rest):
+    def attend(q, k, *rest):
         calls.append((q.shape[2], k.shape[2]))
         return fake_cudnn(q, k, *rest)
 
-    q, k, v = (3 * torch.randn(2, n, heads, 8) for n, heads in ((queries, 6), (12, 2), (12, 2)))
-    if queries == 6:  # the earlier keys are a multiple, the queries are not
-        k, v = k[:, :10], v[:, :10]
-    plain = causal_attention(q, k, v)  # while gradients are enabled
-    flash = request.getfixturevalue("flash")
     monkeypatch.setattr(modules, "takes_cudnn", lambda q: True)
-    monkeypatch.setattr(modules, "CUDNN_ATTENTION", cudnn)
-    monkeypatch.setattr(modules, "CUDNN_LENGTH", 4)
+    monkeypatch.setattr(modules, "CUDNN_ATTENTION", attend)
+    for module in (modules, cache_module):
+        monkeypatch.setattr(module, "CUDNN_LENGTH", 4)
+    return calls
+
+
+@pytest.mark.parametrize("queries, shapes", [(1, []), (4, [(4, 4), (4, 8)]), (6, []), (12, [(12, 12)])])
+def test_cudnn_gets_multiples(request, queries, shapes):
+    """In two calls where there are earlier keys."""
+    q, k, v = (3 * torch.randn(2, n, heads, 8) for n, heads in ((queries, 6), (12, 2), (12, 2)))
+    plain = causal_attention(q, k, v)
+    calls = request.getfixturevalue("cudnn")
+    torch.testing.assert_close(causal_attention(q, k, v), plain)
+    assert not calls, "the backward pass is of one call"
     with torch.no_grad():
         torch.testing.assert_close(causal_attention(q, k, v), plain)
-    assert calls == shapes and len(flash) == (queries % 4 > 0)
+    assert calls == shapes
+
+
+@pytest.mark.parametrize(
+    "lengths, chunk, by_cudnn, by_flash",
+    [
+        ((8,), 8192, [(8, 8)], 0),
+        ((8, 8), 8192, [(8, 8)], 0),
+        ((7,), 8192, [], 1),  # too short to be split
+        ((19,), 8192, [(16, 16)], 1),
+        ((19,), 8, [(8, 8), (8, 8), (8, 8)], 1),  # the second chunk of 8 has 8 earlier keys
+        ((7, 12), 8192, [(12, 12)], 1),
+    ],
+)
+def test_prefill_by_cudnn_and_flash(request, monkeypatch, lengths, chunk, by_cudnn, by_flash):
+    model, prompts = tiny.model("vanilla"), tiny.prompts(*lengths)
+    expected = prefilled(model, prompts, chunk)
+    flash, cudnn = request.getfixturevalue("flash"), request.getfixturevalue("cudnn")
+    monkeypatch.setattr(PrefillChunk, "segments", lambda self, window, q: self._plan(window, True, True))
+    monkeypatch.setattr(cache_module, "SPLIT_FROM", 12)
+    torch.testing.assert_close(prefilled(model, prompts, chunk), expected)
+    layers = model.config.plan.last_storage  # all but the last, which only writes
+    assert cudnn == by_cudnn * layers and len(flash) == by_flash * layers
 
 
 @pytest.mark.cuda

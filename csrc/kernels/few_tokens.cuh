@@ -24,10 +24,6 @@
 #include "common/tensor_map.h"
 #include "launch.h"
 
-#ifndef VAR
-#define VAR 1
-#define MOST 113
-#endif
 namespace fusedkv {
 
 constexpr int kFewRows = 128;  // of the weight, a cluster
@@ -49,7 +45,7 @@ struct FewTokens {
   static constexpr int kSumBytes = (kTokens + kFewMaxCluster) * kFewStride * sizeof(float);
   // An SM's: the more is asked for, the sooner the weight is there. With few tokens half of one, so that the
   // next kernel's CTAs have room while this one's still run.
-  static constexpr int kMostBytes = (kTokens == 8 ? MOST : 226) * 1024;
+  static constexpr int kMostBytes = (kTokens == 8 ? 113 : 226) * 1024;
   static constexpr int kStages = (kMostBytes - 1024 - 384 - kSumBytes) / kStageBytes;
   static constexpr int kRingBytes = kStages * kStageBytes;
   static constexpr int kFullOffset = kRingBytes + kSumBytes;  // barriers
@@ -171,9 +167,6 @@ struct FewProduct {
 #pragma unroll 1
     for (int i = 0; i < first; ++i) copy_weight(i, i);
     wait_for_previous_kernels();
-#if VAR == 0
-    let_next_kernel_start();
-#endif
     cluster_wait();  // x goes to the others' memory
 #pragma unroll 1
     for (int i = 0; i < first; ++i) copy_x(i, i);
@@ -184,9 +177,7 @@ struct FewProduct {
       copy_weight(at.stage, i);
       copy_x(at.stage, i);
     }
-#if VAR != 0
-    let_next_kernel_start();
-#endif
+    let_next_kernel_start();  // not earlier: its first copies would share the memory's rate with these
   }
 
   // The norm's warps. Thread i has chunk i % 8 of tokens i / 8, i / 8 + 8, ...
@@ -386,9 +377,11 @@ cudaError_t launch_few_product_tile(const typename E::Params& p, int rows, const
   const int token_tiles = static_cast<int>((tokens + kTokens - 1) / kTokens);
   const int row_tiles = (rows + kFewRows - 1) / kFewRows;
   const int k_tiles = (p.hidden + kFewDepth - 1) / kFewDepth;
-  // Not all SMs: a cluster needs those of one GPC, and GPCs have some to spare. More would also exchange more
-  // partial sums.
-  const int ranks = std::clamp(sms * 3 / 4 / (row_tiles * token_tiles), 1, std::min(kFewMaxCluster, k_tiles));
+  // Of up to eight tokens two CTAs fit an SM. But not all there is room for: a cluster needs SMs of one GPC,
+  // and GPCs have some to spare. More would also exchange more partial sums.
+  constexpr int kMostOfSms = kTokens == 8 ? 6 : 3;  // quarters
+  const int ranks =
+      std::clamp(sms * kMostOfSms / 4 / (row_tiles * token_tiles), 1, std::min(kFewMaxCluster, k_tiles));
   // Of whole groups of eight tokens, which is what the swizzle repeats after.
   int sharer_bits = 0;
   while ((2 * ranks << sharer_bits) <= kFewMaxCluster && kTokens >> sharer_bits >= 16 &&
