@@ -63,6 +63,7 @@ Params params_of(const Shape& s, const Array<T>& x, const Array<T>& weight, cons
   p.weight = weight.data();
   p.input_norm = norm ? norm->data() : nullptr;
   p.input_eps = 1e-6f;
+  p.early_weight = true;
   p.size = s.size;
   return p;
 }
@@ -97,6 +98,7 @@ bool verify_add(const Shape& s) {
   p.out_stride = s.size + s.gap;
   for (const Array<T>* to : {&out, &again}) {
     p.out = const_cast<T*>(to->data());
+    p.early_weight = to == &again;
     CUDA_CHECK(run_linear_add(p, nullptr));
     CUDA_CHECK(cudaDeviceSynchronize());
   }
@@ -122,6 +124,7 @@ bool verify_swiglu(const Shape& s, bool normed) {
   auto p = params_of<T, SwigluLinearParams>(s, x, weight, normed ? &norm : nullptr);
   for (const Array<T>* to : {&out, &again}) {
     p.out = const_cast<T*>(to->data());
+    p.early_weight = to == &again;
     CUDA_CHECK(run_swiglu_linear(p, nullptr));
     CUDA_CHECK(cudaDeviceSynchronize());
   }

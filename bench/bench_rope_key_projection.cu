@@ -156,6 +156,7 @@ struct Problem {
     p.bias = c.bias ? bias.data() : nullptr;
     p.input_norm = c.input_norm ? input_norm.data() : nullptr;
     p.input_eps = 1e-6f;
+    p.early_weight = true;  // a model's weights are there long before
     p.heads.q_out = c.num_q_heads > 0 ? q_out.data() : nullptr;
     if (c.num_kv_heads > 0) {
       p.heads.k_cache = cache(caches[0].data());

@@ -72,6 +72,7 @@ def fused(shared: Shared, b: Buffers) -> Tensor:
         shared.q_norm,
         shared.k_norm,
         EPS,
+        early_weight=True,  # as a model calls it: its weights are there long before
     )
     return b.q_out
 

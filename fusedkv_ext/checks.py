@@ -258,6 +258,7 @@ def rope_key_projection_write(
     k_copy=None,
     v_copy=None,
     input_norm=None,
+    early_weight=False,
 ) -> None:
     c = Checker("rope_key_projection_write", x.device)
     norms = {"q_norm": q_norm, "k_norm": k_norm}
@@ -322,13 +323,13 @@ def _matrices(c: Checker, x, weight) -> None:
     c.expect(weight.shape[0] > 0, "weight", "1 row or more", 0)
 
 
-def linear_add(out, x, weight) -> None:
+def linear_add(out, x, weight, early_weight=False) -> None:
     c = Checker("linear_add", x.device)
     _matrices(c, x, weight)
     c.tensor("out", out, (x.dtype,), (x.shape[0], weight.shape[0]))
 
 
-def swiglu_linear(x, weight, input_norm=None, eps=1e-6) -> None:
+def swiglu_linear(x, weight, input_norm=None, eps=1e-6, early_weight=False) -> None:
     c = Checker("swiglu_linear", x.device)
     _matrices(c, x, weight)
     rows = weight.shape[0]

@@ -23,7 +23,7 @@ SCHEMAS = (
     " Tensor(c!)? v_cache, Tensor positions, Tensor cos_sin, Tensor? slot_mapping=None, Tensor? q_norm=None,"
     " Tensor? k_norm=None, float eps=1e-6, Tensor? bias=None, bool interleaved=False,"
     " Tensor? k_scale=None, Tensor? v_scale=None, Tensor(d!)? k_copy=None, Tensor(e!)? v_copy=None,"
-    " Tensor? input_norm=None) -> ()",
+    " Tensor? input_norm=None, bool early_weight=False) -> ()",
     "rope_norm_backward(Tensor grad, Tensor? heads, Tensor positions, Tensor cos_sin, Tensor? norm=None,"
     " float eps=1e-6, bool interleaved=False) -> (Tensor, Tensor)",
     "fuse_kv(Tensor[] k_sources, Tensor[] v_sources, Tensor key_weights, Tensor value_weights)"
@@ -31,8 +31,9 @@ SCHEMAS = (
     "fuse_kv_backward(Tensor grad_k, Tensor grad_v, Tensor[] k_sources, Tensor[] v_sources,"
     " Tensor key_weights, Tensor value_weights) -> (Tensor[], Tensor[], Tensor, Tensor)",
     "swiglu(Tensor gate_up) -> Tensor",
-    "linear_add(Tensor(a!) out, Tensor x, Tensor weight) -> ()",
-    "swiglu_linear(Tensor x, Tensor weight, Tensor? input_norm=None, float eps=1e-6) -> Tensor",
+    "linear_add(Tensor(a!) out, Tensor x, Tensor weight, bool early_weight=False) -> ()",
+    "swiglu_linear(Tensor x, Tensor weight, Tensor? input_norm=None, float eps=1e-6,"
+    " bool early_weight=False) -> Tensor",
     "attention_schedule(Tensor seq_lens, int max_seq_len, int num_query_tokens, int num_query_heads,"
     " int num_kv_heads, int window=0) -> Tensor",
     "fused_attention(Tensor q, Tensor[] k_sources, Tensor[] v_sources, Tensor? key_weights,"
@@ -75,7 +76,7 @@ def _fake_swiglu(gate_up):
     return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
-def _fake_swiglu_linear(x, weight, input_norm=None, eps=1e-6):
+def _fake_swiglu_linear(x, weight, input_norm=None, eps=1e-6, early_weight=False):
     checks.swiglu_linear(x, weight, input_norm, eps)
     return x.new_empty(x.shape[0], weight.shape[0] // 2)
 

@@ -9,7 +9,8 @@ needed later.
 
 Before the first step `bind` hands the cache what depends on the weights alone, so that no step computes it
 again: the scales of source layers in e4m3, and the fusion weights. Bind the layers from the lowest up, and
-again whenever their weights have changed.
+again whenever their weights have changed. A step is made after the last change of weights, because on Hopper
+the products of a step read them early (`early_weight` of `ops.linear_add`).
 
 Dimensions: B sequences, S tokens, T packed tokens, Hq query heads, Hkv key/value heads, D head dim.
 """
@@ -160,8 +161,8 @@ class SwiGLU(nn.Module):
     def cached(self, x: Tensor, residual: Tensor, norm: RMSNorm | None = None) -> Tensor:
         """Add the output for x [T, hidden], or for norm(x), to residual [T, hidden] in place; return that."""
         weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-        hidden = ops.swiglu_linear(x, self.gate_up_proj.weight, weight, eps)
-        ops.linear_add(residual, hidden, self.down_proj.weight)
+        hidden = ops.swiglu_linear(x, self.gate_up_proj.weight, weight, eps, early_weight=True)
+        ops.linear_add(residual, hidden, self.down_proj.weight, early_weight=True)
         return residual
 
 
@@ -479,7 +480,7 @@ class _Attention(nn.Module):
         )
         if fused:
             input_norm = None if norm is None else norm.weight
-            ops.rope_key_projection_write(x, weight, input_norm=input_norm, **arguments)
+            ops.rope_key_projection_write(x, weight, input_norm=input_norm, early_weight=True, **arguments)
         else:
             ops.rope_write_kv(F.linear(x, weight).unflatten(-1, (-1, self.head_dim)), **arguments)
         return q
@@ -594,7 +595,7 @@ class StorageAttention(_Attention):
         weight = self.qkv_proj.weight
         q = self._project_and_write(x, weight, self.num_heads, cos_sin, step, norm, self.k_norm, self.layer)
         out = step.attend(q, step.cache.own(self.layer), self.window)
-        ops.linear_add(residual, out.flatten(1), self.o_proj.weight)
+        ops.linear_add(residual, out.flatten(1), self.o_proj.weight, early_weight=True)
         return residual
 
     def write_kv(
@@ -696,7 +697,7 @@ class ReconstructionAttention(_Attention):
         """
         q = self._project_and_write(x, self.q_proj.weight, self.num_heads, cos_sin, step, norm)
         out = step.attend(q, step.cache.fused(self))
-        ops.linear_add(residual, out.flatten(1), self.o_proj.weight)
+        ops.linear_add(residual, out.flatten(1), self.o_proj.weight, early_weight=True)
         return residual
 
 

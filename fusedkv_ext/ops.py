@@ -161,6 +161,7 @@ def rope_key_projection_write(
     k_copy: Tensor | None = None,
     v_copy: Tensor | None = None,
     input_norm: Tensor | None = None,
+    early_weight: bool = False,
 ) -> None:
     """`rope_write_kv` of the product `x @ weight.T + bias`, without the product touching memory.
 
@@ -170,6 +171,7 @@ def rope_key_projection_write(
         bias: [(Hq + 2 * Hkv) * D] or None.
         input_norm: [hidden]: x goes through RMSNorm with this weight and eps first, on Hopper for few tokens
             in bfloat16 in the same launch.
+        early_weight: as in `linear_add`.
         The others: as in `rope_write_kv`.
 
     Raises:
@@ -194,6 +196,7 @@ def rope_key_projection_write(
         k_copy,
         v_copy,
         input_norm,
+        early_weight,
     )
 
 
@@ -297,7 +300,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return _ops.swiglu(gate_up)
 
 
-def linear_add(out: Tensor, x: Tensor, weight: Tensor) -> None:
+def linear_add(out: Tensor, x: Tensor, weight: Tensor, early_weight: bool = False) -> None:
     """Add a product to what is there, as o_proj and down_proj do to the residual stream, and round once.
 
         out += x @ weight.T
@@ -309,14 +312,22 @@ def linear_add(out: Tensor, x: Tensor, weight: Tensor) -> None:
         out: [T, N], changed in place.
         x: [T, K] of the dtype of out.
         weight: [N, K].
+        early_weight: the kernel launched right before this op does not write the weight. On Hopper it is then
+            read, for few tokens, while that kernel still runs.
 
     Raises:
         ValueError: a device, dtype, shape or stride that does not fit.
     """
-    _ops.linear_add(out, x, weight)
+    _ops.linear_add(out, x, weight, early_weight)
 
 
-def swiglu_linear(x: Tensor, weight: Tensor, input_norm: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+def swiglu_linear(
+    x: Tensor,
+    weight: Tensor,
+    input_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    early_weight: bool = False,
+) -> Tensor:
     """The first half of a SwiGLU MLP: RMSNorm, the product with gate and up, and the gated activation.
 
         gate, up = (norm(x) @ weight.T).chunk(2, -1),   out = silu(gate) * up
@@ -328,6 +339,7 @@ def swiglu_linear(x: Tensor, weight: Tensor, input_norm: Tensor | None = None, e
         x: [T, K].
         weight: [2 * I, K] of the dtype of x, gate in the first I rows; on CUDA I is a multiple of 8.
         input_norm, eps: x / sqrt(mean(x^2) + eps) * input_norm, [K]; None for x as it is.
+        early_weight: as in `linear_add`.
 
     Returns:
         [T, I].
@@ -335,7 +347,7 @@ def swiglu_linear(x: Tensor, weight: Tensor, input_norm: Tensor | None = None, e
     Raises:
         ValueError: a device, dtype, shape or stride that does not fit.
     """
-    return _ops.swiglu_linear(x, weight, input_norm, eps)
+    return _ops.swiglu_linear(x, weight, input_norm, eps, early_weight)
 
 
 def attention_schedule(

@@ -143,6 +143,7 @@ def rope_key_projection_write(
     k_copy: Tensor | None = None,
     v_copy: Tensor | None = None,
     input_norm: Tensor | None = None,
+    early_weight: bool = False,
 ) -> None:
     if input_norm is not None:
         x = rms_norm(x, input_norm, eps)
@@ -228,11 +229,17 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype).contiguous()
 
 
-def linear_add(out: Tensor, x: Tensor, weight: Tensor) -> None:
+def linear_add(out: Tensor, x: Tensor, weight: Tensor, early_weight: bool = False) -> None:
     out.addmm_(x, weight.t())  # adds what out holds before it rounds
 
 
-def swiglu_linear(x: Tensor, weight: Tensor, input_norm: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+def swiglu_linear(
+    x: Tensor,
+    weight: Tensor,
+    input_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    early_weight: bool = False,
+) -> Tensor:
     """Rounds in between, unlike the others: widening a weight in every call takes longer than its product."""
     if input_norm is not None:
         x = rms_norm(x, input_norm, eps).to(x.dtype)

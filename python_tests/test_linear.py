@@ -37,14 +37,17 @@ def check(actual, exact, plain):
 
 
 def check_add(x, weight, out):
-    before = out.clone()
+    before, again = out.clone(), out.clone()
     ops.linear_add(out, x, weight)
+    ops.linear_add(again, x, weight, early_weight=True)
+    assert torch.equal(again, out)
     wide = doubles(before, x, weight)
     check(out, wide[0] + F.linear(*wide[1:]), before + F.linear(x, weight))
 
 
 def check_swiglu(x, weight, norm):
     out = ops.swiglu_linear(x, weight, norm, EPS)
+    assert torch.equal(ops.swiglu_linear(x, weight, norm, EPS, early_weight=True), out)
     assert out.dtype == x.dtype and out.is_contiguous()
     check(out, plain_swiglu(*doubles(x, weight, norm)), plain_swiglu(x, weight, norm))
 

@@ -249,9 +249,9 @@ def test_early_exit_skips_layers(plan, monkeypatch):
     tokens = {layer.mlp.gate_up_proj.weight: 0 for layer in model.model.layers}
     swiglu_linear = ops.swiglu_linear
 
-    def count(x, weight, *rest):
+    def count(x, weight, *rest, **options):
         tokens[weight] += len(x)
-        return swiglu_linear(x, weight, *rest)
+        return swiglu_linear(x, weight, *rest, **options)
 
     monkeypatch.setattr(ops, "swiglu_linear", count)
     cache = model.new_cache(10, page_size=4, max_batch=2)

@@ -104,6 +104,8 @@ struct FewProduct {
   using Shape = FewTokens<kTokens>;
   using Place = RingPlace<Shape::kStages>;
   static constexpr int kItems = kFewRows / E::D;
+  static constexpr int kReaders =
+      kFewProductThreads / 32 + (kNormed ? kFewNormWarps : 0);  // warps, of a stage
 
   const Params& p;
   const FewSplit& split;
@@ -134,7 +136,7 @@ struct FewProduct {
     for (int i = 0; i < Shape::kStages; ++i) {
       mbarrier_init(full(i), 1);
       if constexpr (kNormed) mbarrier_init(normed(i), kFewNormWarps);
-      mbarrier_init(empty(i), kFewProductThreads / 32 * split.sharers);
+      mbarrier_init(empty(i), kReaders * split.sharers);
     }
     mbarrier_init(arrived(), 1 + kFewProductThreads / 32 + (kNormed ? kFewNormWarps : 0));
     fence_mbarrier_init();
@@ -162,22 +164,28 @@ struct FewProduct {
         share_box_2d(to, x_map, full(stage), k0 + i * kFewDepth, token, split.rank_0 << rank);
       }
     };
-    // No kernel that lets the next one start before it ends writes weights, so they are read before the wait.
     const int first = min(num_tiles, Shape::kStages);
+    if (!p.early_weight) wait_for_previous_kernels();
 #pragma unroll 1
     for (int i = 0; i < first; ++i) copy_weight(i, i);
-    wait_for_previous_kernels();
+    if (p.early_weight) wait_for_previous_kernels();
     cluster_wait();  // x goes to the others' memory
 #pragma unroll 1
     for (int i = 0; i < first; ++i) copy_x(i, i);
     Place at;
 #pragma unroll 1
     for (int i = first; i < num_tiles; ++i, at.next()) {
-      mbarrier_wait(empty(at.stage), at.parity);  // by the products of all CTAs that this one copies to
+      mbarrier_wait(empty(at.stage), at.parity);  // by the readers in all CTAs that this one copies to
       copy_weight(at.stage, i);
       copy_x(at.stage, i);
     }
     let_next_kernel_start();  // not earlier: its first copies would share the memory's rate with these
+  }
+
+  // A warp is through with a stage, which the CTAs that copy x to it may fill again.
+  __device__ __forceinline__ void release(int stage) const {
+    const int lane = threadIdx.x % 32;
+    if (lane < split.sharers) mbarrier_arrive_at(empty(stage), lane * split.ranks + rank);
   }
 
   // The norm's warps. Thread i has chunk i % 8 of tokens i / 8, i / 8 + 8, ...
@@ -215,6 +223,7 @@ struct FewProduct {
       fence_async_proxy();
       __syncwarp();
       if (threadIdx.x % 32 == 0) mbarrier_arrive(normed(at.stage));
+      if (i + Shape::kStages < num_tiles) release(at.stage);
     }
 #pragma unroll
     for (int j = 0; j < kTurns; ++j) {
@@ -227,7 +236,7 @@ struct FewProduct {
 
   // A warpgroup.
   __device__ __forceinline__ void multiply(float (&acc)[2][kTokens / 2]) const {
-    const int num_tiles = split.num_tiles(rank), lane = threadIdx.x % 32;
+    const int num_tiles = split.num_tiles(rank);
     int last = 0;
     Place at;
 #pragma unroll 1
@@ -248,8 +257,7 @@ struct FewProduct {
       wgmma_commit();
       wgmma_wait<1>();  // of the stage before
       // Only while somebody waits for it: later the other CTA may have ended.
-      const bool is_refilled = i > 0 && i - 1 + Shape::kStages < num_tiles;
-      if (is_refilled && lane < split.sharers) mbarrier_arrive_at(empty(last), lane * split.ranks + rank);
+      if (i > 0 && i - 1 + Shape::kStages < num_tiles) release(last);
       last = at.stage;
     }
     wgmma_wait<0>();

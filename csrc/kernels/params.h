@@ -85,6 +85,9 @@ struct ProductParams {
   const void* weight;      // [rows, hidden] contiguous
   const void* input_norm;  // [hidden] of dtype, or null
   float input_eps;
+  // The kernel before this one in the stream does not write the weight, so that it may be read before that
+  // one has ended: the kernels for few tokens do.
+  bool early_weight;
 };
 
 // The product (+ bias) makes the heads.

@@ -287,13 +287,15 @@ inline void fill_rope(HeadOutputs& heads, const at::Tensor& positions, const at:
 
 // Fills the product x @ weight^T of checked matrices; x as it is, so that the caller may give an aligned
 // copy.
-inline void fill_product(ProductParams& params, const at::Tensor& x, const at::Tensor& weight) {
+inline void fill_product(ProductParams& params, const at::Tensor& x, const at::Tensor& weight,
+                         bool early_weight) {
   params.dtype = kernel_dtype(x);
   params.num_tokens = x.size(0);
   params.hidden = static_cast<int>(x.size(1));
   params.x = x.const_data_ptr();
   params.x_stride = x.stride(0);
   params.weight = weight.const_data_ptr();
+  params.early_weight = early_weight;
 }
 
 // Around calls of torch's own ops from inside an op: no graph is recorded and autocast changes no dtype.

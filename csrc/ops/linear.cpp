@@ -30,7 +30,7 @@ bool are_few_tokens(const at::Tensor& x, const at::Tensor& weight) {
 
 }  // namespace
 
-void linear_add(const at::Tensor& out, const at::Tensor& x, const at::Tensor& weight) {
+void linear_add(const at::Tensor& out, const at::Tensor& x, const at::Tensor& weight, bool early_weight) {
   const Checker check("linear_add", x);
   check_matrices(check, x, weight);
   check.tensor("out", out, x.scalar_type(), {x.size(0), weight.size(0)});
@@ -42,7 +42,7 @@ void linear_add(const at::Tensor& out, const at::Tensor& x, const at::Tensor& we
     return;
   }
   LinearAddParams params{};
-  fill_product(params, x, weight);
+  fill_product(params, x, weight, early_weight);
   params.size = static_cast<int>(weight.size(0));
   params.out = out.mutable_data_ptr();
   params.out_stride = out.stride(0);
@@ -50,7 +50,7 @@ void linear_add(const at::Tensor& out, const at::Tensor& x, const at::Tensor& we
 }
 
 at::Tensor swiglu_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& input_norm,
-                         double eps) {
+                         double eps, bool early_weight) {
   const Checker check("swiglu_linear", x);
   check_matrices(check, x, weight);
   FUSEDKV_EXPECT(check.op, weight.size(0) % 16 == 0, "weight", "2 * I rows, I a multiple of 8 on CUDA",
@@ -65,7 +65,7 @@ at::Tensor swiglu_linear(const at::Tensor& x, const at::Tensor& weight, const Op
   }
   at::Tensor out = at::empty({x.size(0), weight.size(0) / 2}, x.options());
   SwigluLinearParams params{};
-  fill_product(params, x, weight);
+  fill_product(params, x, weight, early_weight);
   params.input_norm = data_or_null(input_norm);
   params.input_eps = static_cast<float>(eps);
   params.size = static_cast<int>(out.size(1));

@@ -33,7 +33,7 @@ void rope_key_projection_write(const at::Tensor& x, const at::Tensor& weight, co
                                const OptionalTensor& k_norm, double eps, const OptionalTensor& bias,
                                bool interleaved, const OptionalTensor& k_scale, const OptionalTensor& v_scale,
                                const OptionalTensor& k_copy, const OptionalTensor& v_copy,
-                               const OptionalTensor& input_norm);
+                               const OptionalTensor& input_norm, bool early_weight);
 
 std::tuple<at::Tensor, at::Tensor> rope_norm_backward(const at::Tensor& grad, const OptionalTensor& heads,
                                                       const at::Tensor& positions, const at::Tensor& cos_sin,
@@ -49,10 +49,10 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor, at::Ten
 
 at::Tensor swiglu(const at::Tensor& gate_up);
 
-void linear_add(const at::Tensor& out, const at::Tensor& x, const at::Tensor& weight);
+void linear_add(const at::Tensor& out, const at::Tensor& x, const at::Tensor& weight, bool early_weight);
 
 at::Tensor swiglu_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& input_norm,
-                         double eps);
+                         double eps, bool early_weight);
 
 at::Tensor attention_schedule(const at::Tensor& seq_lens, int64_t max_seq_len, int64_t num_query_tokens,
                               int64_t num_query_heads, int64_t num_kv_heads, int64_t window);

@@ -34,8 +34,8 @@ int64_t check_inputs(const Checker& check, const at::Tensor& x, const at::Tensor
 // Fills the inputs of the product, once checked, and launches.
 void project(const Checker& check, RopeKeyProjectionParams& params, const at::Tensor& x,
              const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& input_norm = {},
-             double eps = 0) {
-  fill_product(params, x, weight);
+             double eps = 0, bool early_weight = false) {
+  fill_product(params, x, weight, early_weight);
   params.bias = data_or_null(bias);
   at::Tensor rows = aligned_or_copy(x);
   if (input_norm && takes_input_norm(params)) {
@@ -78,7 +78,7 @@ void rope_key_projection_write(const at::Tensor& x, const at::Tensor& weight, co
                                const OptionalTensor& k_norm, double eps, const OptionalTensor& bias,
                                bool interleaved, const OptionalTensor& k_scale, const OptionalTensor& v_scale,
                                const OptionalTensor& k_copy, const OptionalTensor& v_copy,
-                               const OptionalTensor& input_norm) {
+                               const OptionalTensor& input_norm, bool early_weight) {
   const Checker check("rope_key_projection_write", x);
   const int64_t d = check_inputs(check, x, weight, positions, cos_sin, bias);
   check.norm("q_norm", q_norm, d, x.scalar_type());
@@ -90,7 +90,7 @@ void rope_key_projection_write(const at::Tensor& x, const at::Tensor& weight, co
   fill_rope(params.heads, positions, cos_sin, q_norm, k_norm, eps, interleaved);
 
   const c10::cuda::CUDAGuard guard(x.device());
-  project(check, params, x, weight, bias, input_norm, eps);
+  project(check, params, x, weight, bias, input_norm, eps, early_weight);
 }
 
 }  // namespace fusedkv::ops
