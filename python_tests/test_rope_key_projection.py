@@ -87,7 +87,10 @@ def make_write(
 def project(inputs: dict, dtype: torch.dtype) -> torch.Tensor:
     """The heads [T, H, D], by a product in `dtype`."""
     bias = None if inputs["bias"] is None else inputs["bias"].to(dtype)
-    product = torch.nn.functional.linear(inputs["x"].to(dtype), inputs["weight"].to(dtype), bias)
+    x = inputs["x"].to(dtype)
+    if inputs.get("input_norm") is not None:
+        x = torch.nn.functional.rms_norm(x, x.shape[1:], inputs["input_norm"].to(dtype), inputs["eps"])
+    product = torch.nn.functional.linear(x, inputs["weight"].to(dtype), bias)
     return product.unflatten(-1, (-1, inputs["cos_sin"].shape[1]))
 
 
@@ -186,6 +189,37 @@ def test_write_matches_oracle(device, options, tokens, hidden, d):
 @pytest.mark.parametrize("d", [64, 128])
 def test_large_tiles_write_matches_oracle(d, options):
     check_write(make_write("cuda", hq=3, hkv=2, d=d, tokens=1100, hidden=328, **options))
+
+
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize(
+    ("tokens", "hidden"), [(1, 2048), (8, 72), (20, 1000), (64, 264), (65, 264), (300, 72)]
+)
+@pytest.mark.parametrize("options", [{}, {"dtype": F16}, {"bias": False, "copies": True, "hq": 3}], ids=str)
+def test_input_norm(device, options, tokens, hidden, d):
+    inputs = make_write(device, tokens=tokens, hidden=hidden, d=d, **options)
+    x = inputs["x"]
+    inputs["x"] = x * (3 * torch.rand(tokens, 1, device=device) + 0.1).to(x.dtype)
+    inputs["input_norm"] = (1 + 0.3 * torch.randn(hidden)).to(x)
+    check_write(inputs)
+    written = inputs | {name: x.clone() for name, x in outputs(inputs).items()}
+    ops.rope_key_projection_write(**inputs, early_weight=True)
+    assert same_outputs(inputs, written)
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 300])
+def test_write_of_queries_alone_is_the_plain_op(device, tokens):
+    inputs = make_plain(device, tokens=tokens)
+    out = ops.rope_key_projection(**inputs)
+    alone = inputs | {
+        "q_norm": inputs["norm"],
+        "q_out": torch.empty_like(out),
+        "k_cache": None,
+        "v_cache": None,
+    }
+    del alone["norm"]
+    ops.rope_key_projection_write(**alone)
+    assert torch.equal(alone["q_out"].nan_to_num(9.0), out.nan_to_num(9.0))
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -449,6 +483,8 @@ BAD_WRITE = {
     "k_copy, v_copy: expected both or none": lambda a: a | {"k_copy": None},
     "v_copy: expected dtype float8_e4m3fn, got float32": lambda a: a | {"v_copy": a["v_copy"].float()},
     r"k_copy: expected shape \[4, 16, 1, 64\]": lambda a: a | {"k_copy": a["k_copy"][1:]},
+    r"input_norm: expected shape \[72\], got \[64\]": lambda a: a | {"input_norm": a["q_norm"]},
+    "k_cache, v_cache, slot_mapping: expected all or none": lambda a: a | {"slot_mapping": None},
 }
 
 
