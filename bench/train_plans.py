@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
 import gc
 import hashlib
 import importlib.metadata
@@ -24,7 +25,8 @@ import sysconfig
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -245,35 +247,53 @@ def time_one(name: str, recipe: Recipe, args: argparse.Namespace) -> dict[str, A
     }
 
 
+@contextmanager
+def claim(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether this process has what a lock file stands for, until the block or the process ends."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
 def do_all(
     recipes: dict[str, Recipe], do: Callable[..., dict[str, Any] | None], args: argparse.Namespace
 ) -> int:
-    """Do those of the recipes that are named and not done, past those that fail; return the exit code."""
+    """Do those of the recipes that are named and not done, past those that fail; return the exit code.
+
+    Several processes may share a folder, one a GPU: each takes what no other has.
+    """
     unknown = [name for name in args.names if name not in recipes]
     expect(not unknown, "train_plans", "names", " or ".join(recipes), unknown)
     data.TokenFile(args.work / "data" / data.TRAIN)  # for its error, once
     begun, failed = time.monotonic(), []
     for name in args.names or recipes:
-        at, done = time.monotonic(), (args.work / name / RESULT).is_file()
-        late = at - begun > 60 * args.minutes
-        print(f"{name}: {'done before' if done else 'no time left' if late else 'begins'}", flush=True)
-        if done or late:
-            continue
-        try:
-            found = do(name, recipes[name], args)
-            if found is None:
-                print(f"{name}: stopped by a signal; the same command goes on with it")
-                return 1
-            (args.work / name / RESULT).write_text(json.dumps(found, indent=1) + "\n")
-            if args.into is not None:
-                collect(args.work, args.into)
-        except Exception:
-            traceback.print_exc()
-            failed.append(name)
-        gc.collect()  # a model and its optimizer are full of cycles
-        torch.cuda.empty_cache()
-        torch._dynamo.reset()  # each compiles as if it were alone, but for the caches on the disk
-        print(f"{name}: {time.monotonic() - at:.0f} s with all that it took", flush=True)
+        with claim(args.work / f".{name}.lock") as mine:
+            at, done = time.monotonic(), (args.work / name / RESULT).is_file()
+            late = at - begun > 60 * args.minutes
+            state = "done before" if done else "no time left" if late else "begins"
+            print(f"{name}: {state if mine else 'another process is at it'}", flush=True)
+            if done or late or not mine:
+                continue
+            try:
+                found = do(name, recipes[name], args)
+                if found is None:
+                    print(f"{name}: stopped by a signal; the same command goes on with it")
+                    return 1
+                with claim(args.work / ".results.lock", wait=True):
+                    (args.work / name / RESULT).write_text(json.dumps(found, indent=1) + "\n")
+                    if args.into is not None:
+                        collect(args.work, args.into)
+            except Exception:
+                traceback.print_exc()
+                failed.append(name)
+            gc.collect()  # a model and its optimizer are full of cycles
+            torch.cuda.empty_cache()
+            torch._dynamo.reset()  # each compiles as if it were alone, but for the caches on the disk
+            print(f"{name}: {time.monotonic() - at:.0f} s with all that it took", flush=True)
     if failed:
         print(f"failed: {' '.join(failed)}")
     return 1 if failed else 0

@@ -174,3 +174,15 @@ def test_the_config_is_of_the_size_that_it_says():
         sizes = (68.5, 58.0) if name.startswith("vanilla") else (63.6, 53.1)
         assert [row["parameters"] / 1e6, row["non_embedding"] / 1e6] == pytest.approx(sizes, abs=0.06), name
         assert config.steps * config.batch * config.data.context == 104_857_600
+
+
+def test_processes_share_the_runs(work, capsys):
+    """A run that another process has is left to it, and taken once that one has ended."""
+    with train_plans.claim(work / ".lite.lock") as mine:
+        assert mine
+        assert go(work, "run", "vanilla", "lite") == 0
+    said = capsys.readouterr().out
+    assert "vanilla: done before" in said and "lite: another process is at it" in said
+    assert not (work / "lite").exists()
+    with train_plans.claim(work / ".lite.lock") as mine:
+        assert mine
