@@ -145,7 +145,8 @@ bool verify_all() {
                 verify_swiglu<f16>({tokens, hidden, 128, gap}, false);
     }
   }
-  return passed && verify_add<bf16>({3, 8192, 2048}) && verify_swiglu<bf16>({17, 4104, 1024}, true);
+  return passed && verify_add<bf16>({3, 8192, 2048}) && verify_swiglu<bf16>({17, 4104, 1024}, true) &&
+         verify_swiglu<bf16>({5, 8192, 64}, true) && verify_swiglu<bf16>({5, 8, 64}, true);
 }
 
 // One launch reads its weight, x and what is already there, and writes the output.

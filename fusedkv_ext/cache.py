@@ -38,7 +38,7 @@ from fusedkv_ext.plan import LayerPlan
 
 FP8_SOURCES = ("none", "copy", "only")
 OWN_CALL = 1024  # tokens of a sequence whose attention takes longer than a launch
-SPLIT_FROM = 4096  # tokens of a sequence of which cuDNN gets a part: of fewer, flash attention is as good
+SPLIT_FROM = 4096  # tokens of which cuDNN gets a part where it is preferred: of fewer, flash is as good
 
 
 @dataclass
@@ -439,8 +439,11 @@ class _Segment:
             k, v = (x.flatten(0, -3)[self.keys] for x in (k, v))
             return ragged_attention(q, k, v, self.ends, self.longest, window)
         count, length = self.shape
-        # A view of sequences is all of them, or of one that this may be a part of.
-        k, v = (x[:, :length] if x.dim() == 4 else x[self.keys].unflatten(0, (-1, length)) for x in (k, v))
+        k, v = (x if x.dim() == 4 else x[self.keys].unflatten(0, (-1, length)) for x in (k, v))
+        if (
+            len(k) == 1
+        ):  # the view may be of more; and cuDNN plans anew for another stride, even of one sequence
+            k, v = k[0, :length][None], v[0, :length][None]
         return causal_attention(q.unflatten(0, (-1, count)), k, v, window).flatten(0, 1)
 
 
@@ -519,7 +522,8 @@ class PrefillChunk:
 
         count, length = shapes[0]
         rest = count % CUDNN_LENGTH
-        if len(shapes) == 1 and count >= SPLIT_FROM and rest > 0 and call((count - rest, length - rest)):
+        splits = by_cudnn and ragged and len(shapes) == 1 and count >= SPLIT_FROM and rest > 0
+        if splits and call((count - rest, length - rest)):
             own = _Segment(slice(count - rest), slice(length - rest), (count - rest, length - rest))
             return [own, self._ragged(slice(count - rest, count), slice(length), [rest], [length])]
         segments, query, key = [], 0, 0

@@ -114,7 +114,8 @@ def _checked(name: str):
     @torch.no_grad()  # as on CUDA: what is differentiable is registered below, and nothing else
     def run(*args, **kwargs):
         check(*args, **kwargs)
-        return compute(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False):  # which would change the dtype of products
+            return compute(*args, **kwargs)
 
     return run
 

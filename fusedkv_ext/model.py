@@ -242,8 +242,8 @@ class FusedKVForCausalLM(nn.Module):
             Logits [B, vocab] of the last tokens, or with all_logits a list of [S, vocab], one a prompt.
 
         Raises:
-            ValueError: an empty batch or prompt, a row not in use or without room, or an error of `bind`;
-                nothing is written then.
+            ValueError: an empty batch or prompt, a row not in use or without room, or weights that have
+                changed since the cache's tokens were written in e4m3; nothing is written then.
         """
         op = "prefill"
         self.check_cache(cache, op)

@@ -143,6 +143,11 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+def is_stored(linear: nn.Linear) -> bool:
+    """Whether the weight lies there, and is not computed when it is asked for (torch's parametrizations)."""
+    return "weight" in linear._parameters
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)), with gate and up packed into one projection."""
 
@@ -159,10 +164,14 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
     def cached(self, x: Tensor, residual: Tensor, norm: RMSNorm | None = None) -> Tensor:
-        """Add the output for x [T, hidden], or for norm(x), to residual [T, hidden] in place; return that."""
-        weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-        hidden = ops.swiglu_linear(x, self.gate_up_proj.weight, weight, eps, early_weight=True)
-        ops.linear_add(residual, hidden, self.down_proj.weight, early_weight=True)
+        """Add the output for x [T, hidden], or for norm(x), to residual [T, hidden] in place; return that.
+
+        The kernel launched right before must not be a change of the weights.
+        """
+        norm_weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        gate_up, early = self.gate_up_proj.weight, is_stored(self.gate_up_proj)
+        hidden = ops.swiglu_linear(x, gate_up, norm_weight, eps, early)
+        ops.linear_add(residual, hidden, self.down_proj.weight, is_stored(self.down_proj))
         return residual
 
 
@@ -282,8 +291,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor
     """
     num_queries, length = q.shape[1], k.shape[1]
     unlimited = window == 0 or window >= length
-    in_multiples = num_queries % CUDNN_LENGTH == length % CUDNN_LENGTH == 0
-    if in_multiples and unlimited and not torch.is_grad_enabled() and takes_cudnn(q):
+    # Compiled, it stays one traceable call, without guards on lengths.
+    eager = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    if eager and unlimited and takes_cudnn(q) and num_queries % CUDNN_LENGTH == length % CUDNN_LENGTH == 0:
         return _cudnn_attention(q, k, v)
     if num_queries == length and unlimited:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -394,7 +404,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor
 
 
 def projects_in_one_launch(x: Tensor) -> bool:
-    """Whether cached tokens x [T, hidden] take `rope_key_projection`, not a matmul and `rope_write_kv`.
+    """Whether cached tokens x [T, hidden] take `rope_key_projection_write`, not matmul and `rope_write_kv`.
 
     The fused op saves a launch and a round trip of the heads through memory. That pays where its product
     keeps up with the library's: on Hopper, with kernels compiled for sm_90a. The kernel for all other GPUs
@@ -447,7 +457,7 @@ class _Attention(nn.Module):
     def _project_and_write(
         self,
         x: Tensor,
-        weight: Tensor,
+        linear: nn.Linear,
         num_heads: int,
         cos_sin: Tensor,
         step: PrefillChunk | DecodeStep,
@@ -457,9 +467,11 @@ class _Attention(nn.Module):
     ) -> Tensor | None:
         """Project x [T, hidden] to num_heads (+ 2 Hkv) heads; norm, RoPE, cache write; return the queries.
 
-        norm: what x goes through first. layer: the one whose keys and values are among the heads; None when
-        they are queries only.
+        linear: its last rows make these heads. norm: what x goes through first. layer: the one whose keys and
+        values are among the heads; None when they are queries only.
         """
+        num_rows = (num_heads + (0 if layer is None else 2 * self.num_kv_heads)) * self.head_dim
+        weight = linear.weight[-num_rows:]
         positions, q_norm = step.positions, None if self.q_norm is None else self.q_norm.weight
         fused = projects_in_one_launch(x)
         if norm is not None and not (fused and norm.eps == self.eps):
@@ -480,7 +492,8 @@ class _Attention(nn.Module):
         )
         if fused:
             input_norm = None if norm is None else norm.weight
-            ops.rope_key_projection_write(x, weight, input_norm=input_norm, early_weight=True, **arguments)
+            early = is_stored(linear)
+            ops.rope_key_projection_write(x, weight, input_norm=input_norm, early_weight=early, **arguments)
         else:
             ops.rope_write_kv(F.linear(x, weight).unflatten(-1, (-1, self.head_dim)), **arguments)
         return q
@@ -592,18 +605,17 @@ class StorageAttention(_Attention):
 
         The output is added to residual [T, hidden] in place, which is returned.
         """
-        weight = self.qkv_proj.weight
-        q = self._project_and_write(x, weight, self.num_heads, cos_sin, step, norm, self.k_norm, self.layer)
+        heads = (self.num_heads, cos_sin, step, norm, self.k_norm, self.layer)
+        q = self._project_and_write(x, self.qkv_proj, *heads)
         out = step.attend(q, step.cache.own(self.layer), self.window)
-        ops.linear_add(residual, out.flatten(1), self.o_proj.weight, early_weight=True)
+        ops.linear_add(residual, out.flatten(1), self.o_proj.weight, is_stored(self.o_proj))
         return residual
 
     def write_kv(
         self, x: Tensor, cos_sin: Tensor, step: PrefillChunk | DecodeStep, norm: RMSNorm | None = None
     ) -> None:
         """Only write the keys and values: all that a prompt needs of the last such layer."""
-        rows = self.qkv_proj.weight[self.num_heads * self.head_dim :]
-        self._project_and_write(x, rows, 0, cos_sin, step, norm, self.k_norm, self.layer)
+        self._project_and_write(x, self.qkv_proj, 0, cos_sin, step, norm, self.k_norm, self.layer)
 
 
 class ReconstructionAttention(_Attention):
@@ -695,9 +707,9 @@ class ReconstructionAttention(_Attention):
 
         The output is added to residual [T, hidden] in place, which is returned.
         """
-        q = self._project_and_write(x, self.q_proj.weight, self.num_heads, cos_sin, step, norm)
+        q = self._project_and_write(x, self.q_proj, self.num_heads, cos_sin, step, norm)
         out = step.attend(q, step.cache.fused(self))
-        ops.linear_add(residual, out.flatten(1), self.o_proj.weight, early_weight=True)
+        ops.linear_add(residual, out.flatten(1), self.o_proj.weight, is_stored(self.o_proj))
         return residual
 
 

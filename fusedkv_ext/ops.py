@@ -305,11 +305,11 @@ def linear_add(out: Tensor, x: Tensor, weight: Tensor, early_weight: bool = Fals
 
         out += x @ weight.T
 
-    On Hopper one launch for up to 64 tokens, which reads the weight faster than the library's product; else
-    the library's.
+    On Hopper one launch for up to 64 tokens (N a multiple of 32, K of 8), which reads the weight faster than
+    the library's product; else the library's. Not differentiable.
 
     Args:
-        out: [T, N], changed in place.
+        out: [T, N], changed in place; no memory in common with x.
         x: [T, K] of the dtype of out.
         weight: [N, K].
         early_weight: the kernel launched right before this op does not write the weight. On Hopper it is then
@@ -332,8 +332,9 @@ def swiglu_linear(
 
         gate, up = (norm(x) @ weight.T).chunk(2, -1),   out = silu(gate) * up
 
-    On Hopper one launch for up to 64 tokens (with a norm in bfloat16 only), without a rounding between norm,
-    product and activation; else the library's norm and product, and `swiglu`.
+    On Hopper one launch for up to 64 tokens (I a multiple of 16, K of 8; with a norm in bfloat16 only) that
+    does not round between norm, product and activation; else the library's norm and product, and `swiglu`.
+    Not differentiable.
 
     Args:
         x: [T, K].

@@ -189,12 +189,42 @@ def test_bits_are_the_same_in_every_run_and_in_a_graph(tokens):
         assert torch.equal(captured, first) and torch.equal(out, added)
 
 
-@pytest.mark.cuda
-def test_autocast_and_gradients_leave_the_ops_alone():
-    x, weight, norm = matrices(100, 64, 64, torch.bfloat16, "cuda")
-    expected = ops.swiglu_linear(x, weight, norm)
-    with torch.autocast("cuda", dtype=torch.float16):
+def test_autocast_leaves_the_ops_alone(device):
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    other = torch.float16 if device == "cuda" else torch.bfloat16
+    x, weight, norm = matrices(100, 64, 64, dtype, device)
+    expected, out = ops.swiglu_linear(x, weight, norm), torch.zeros(100, 64, device=device, dtype=dtype)
+    with torch.autocast(device, dtype=other):
         assert torch.equal(ops.swiglu_linear(x, weight, norm), expected)
-        out = torch.zeros(100, 64, device="cuda", dtype=torch.bfloat16)
         ops.linear_add(out, x, weight)
-    assert torch.equal(out, F.linear(x, weight))
+    torch.testing.assert_close(out, F.linear(x, weight))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("tokens", [1, 8, 20, 64])
+def test_reads_wait_for_the_kernel_before(tokens):
+    """That one, of our own, lets the next one start early, and writes x (the weight is read early) or the
+    weight (it is not)."""
+    for _ in range(40):
+        x, weight, _ = matrices(tokens, 1024, 2048, torch.bfloat16, "cuda")
+        gates = torch.randn(tokens, 2 * 1024, device="cuda").bfloat16()
+        wide = torch.randn(2048, 2 * 1024, device="cuda").bfloat16()
+        out, again = torch.zeros(2, tokens, 2048, device="cuda", dtype=torch.bfloat16)
+        torch.cuda.synchronize()
+        ops.linear_add(out, ops.swiglu(gates), weight, early_weight=True)
+        ops.linear_add(again, x, ops.swiglu(wide))
+        written_x, written_weight = ops.swiglu(gates), ops.swiglu(wide)
+        torch.cuda.synchronize()
+        for got, a, b in ((out, written_x, weight), (again, x, written_weight)):
+            expected = torch.zeros_like(out)
+            ops.linear_add(expected, a, b)
+            assert torch.equal(got, expected)
+
+
+@pytest.mark.cuda
+def test_overlap_is_refused():
+    x, weight, _ = matrices(3, 64, 64, torch.bfloat16, "cuda")
+    for out in (x, x[:1].expand(3, -1)):
+        with pytest.raises(ValueError, match=r"^linear_add: out: expected memory of its own"):
+            ops.linear_add(out, x.clone() if out.stride(0) == 0 else x, weight)
+    check_swiglu(x[:1].expand(3, -1), weight, None)

@@ -16,6 +16,7 @@ from fusedkv_ext import (
     ReconstructionAttention,
     StorageAttention,
     extension,
+    ops,
     reference,
 )
 from fusedkv_ext.modules import (
@@ -304,7 +305,27 @@ def test_norms_and_residual_sums_are_part_of_the_ops(layer):
     with torch.no_grad(), Ops():
         out = made.layers[layer].cached(x, table, step)
     assert out is x and targets == [x.data_ptr()] * 2
+    assert names.count("mm") == 1, "the projection; on a CPU its norm is apart"
     assert names.count("swiglu_linear") == 1 and not {"add", "addmm_", "swiglu"} & set(names)
+
+
+def test_a_weight_that_is_computed_is_not_read_early(monkeypatch):
+    """A parametrization writes the weight by the kernel right before the op."""
+    mlp, early = SwiGLU(8, 12), []
+    linear_add = ops.linear_add
+
+    def spy(out, x, weight, early_weight):
+        early.append(early_weight)
+        linear_add(out, x, weight)
+
+    monkeypatch.setattr(ops, "linear_add", spy)
+    with torch.no_grad():
+        mlp.cached(torch.randn(2, 8), torch.zeros(2, 8))
+        nn.utils.parametrizations.weight_norm(mlp.down_proj)
+        x, out = torch.randn(2, 8), torch.zeros(2, 8)
+        mlp.cached(x, out)
+        torch.testing.assert_close(out, mlp(x))
+    assert early == [True, False]
 
 
 @pytest.mark.cuda

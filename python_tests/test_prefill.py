@@ -253,7 +253,7 @@ def fake_cudnn(q, k, v, mask, gives_lse, dropout, causal):
     if causal:
         assert q.shape[2] == k.shape[2], "cuDNN's causal mask begins at the first key"
         scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), float("-inf"))
-    return scores.softmax(-1) @ v, scores.logsumexp(-1) if gives_lse else None
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)[..., None] if gives_lse else None
 
 
 @pytest.fixture
@@ -305,6 +305,36 @@ def test_prefill_by_cudnn_and_flash(request, monkeypatch, lengths, chunk, by_cud
     torch.testing.assert_close(prefilled(model, prompts, chunk), expected)
     layers = model.config.plan.last_storage  # all but the last, which only writes
     assert cudnn == by_cudnn * layers and len(flash) == by_flash * layers
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_long_prompts_without_cudnn(monkeypatch, window):
+    """Nothing is split where cuDNN is not preferred, least of all on a CPU, which has no flash attention."""
+    model, prompts = tiny.model("vanilla", sliding_window=window), tiny.prompts(19)
+    expected = prefilled(model, prompts)
+    monkeypatch.setattr(cache_module, "CUDNN_LENGTH", 4)
+    monkeypatch.setattr(cache_module, "SPLIT_FROM", 8)
+    assert torch.equal(prefilled(model, prompts), expected)
+    cache = model.new_cache(8, page_size=4)
+    chunk = cache.prefill_chunk(cache.add([19]), [19])
+    assert [s.shape for s in chunk._plan(0, True, False)] == [(19, 19)]
+
+
+def test_cudnn_sees_strides_of_the_length_alone(cudnn, flash, monkeypatch):
+    """It plans anew for other strides, which would be those of the whole prompt."""
+    monkeypatch.setattr(PrefillChunk, "segments", lambda self, window, q: self._plan(window, True, True))
+    monkeypatch.setattr(cache_module, "SPLIT_FROM", 8)
+    seen = set()
+
+    def attend(q, k, v, *rest):
+        seen.add((q.stride(), k.stride(), v.stride()))
+        return fake_cudnn(q, k, v, *rest)
+
+    monkeypatch.setattr(modules, "CUDNN_ATTENTION", attend)
+    model = tiny.model("vanilla")
+    for length in (17, 18, 19):
+        prefilled(model, tiny.prompts(length))
+    assert len(seen) == 1
 
 
 @pytest.mark.cuda

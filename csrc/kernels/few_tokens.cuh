@@ -1,5 +1,4 @@
-// Products for few tokens on Hopper, which are bound by reading the weight: once, by all SMs. What a product
-// is finished with, and what its norm and its neighbours cost as kernels of their own, is done in its launch.
+// Products for few tokens on Hopper, which are bound by reading the weight: once, by all SMs.
 //
 // A cluster of CTAs takes 128 rows of the weight and splits the contraction. In each CTA one warp copies
 // tiles into a ring of stages and a warpgroup multiplies them, while the others load what the sums are
@@ -11,7 +10,8 @@
 // the weight's rows, whose CTAs of the same rank each copy a part of a stage's tokens to all of them.
 //
 // An input norm costs no launch either: two warps multiply each tile of x by the norm's weights where it lies
-// and add up its squares, which travel with the partial sums; they divide the sums.
+// and add up its squares, which travel with the partial sums; the sums are at last divided by their root
+// mean.
 #pragma once
 
 #include <algorithm>

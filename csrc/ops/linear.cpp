@@ -1,3 +1,4 @@
+#include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/rms_norm.h>
@@ -13,6 +14,7 @@ namespace {
 
 // More tokens are the library's work, and so is what the kernels' copies cannot take.
 constexpr int64_t kMostFewTokens = 64;
+constexpr int64_t kMostRows = int64_t{65535} * 128;  // of a weight: the grid's second dimension counts tiles
 
 void check_matrices(const Checker& check, const at::Tensor& x, const at::Tensor& weight) {
   check.tensor("x", x, kHalf, {kAny, kAny});
@@ -24,8 +26,10 @@ void check_matrices(const Checker& check, const at::Tensor& x, const at::Tensor&
 }
 
 bool are_few_tokens(const at::Tensor& x, const at::Tensor& weight) {
-  return x.size(0) <= kMostFewTokens && x.size(1) % 8 == 0 && is_aligned(x) && is_aligned(weight) &&
-         weight.is_contiguous() && has_few_token_kernels();
+  const bool rows_apart = x.size(0) < 2 || x.stride(0) >= x.size(1);
+  return x.size(0) <= kMostFewTokens && x.size(1) % 8 == 0 && rows_apart && is_aligned(x) &&
+         is_aligned(weight) && weight.is_contiguous() && weight.size(0) <= kMostRows &&
+         has_few_token_kernels();
 }
 
 }  // namespace
@@ -34,6 +38,10 @@ void linear_add(const at::Tensor& out, const at::Tensor& x, const at::Tensor& we
   const Checker check("linear_add", x);
   check_matrices(check, x, weight);
   check.tensor("out", out, x.scalar_type(), {x.size(0), weight.size(0)});
+  const auto overlap = at::get_overlap_status(out, x);
+  const bool apart = overlap != at::MemOverlapStatus::Full && overlap != at::MemOverlapStatus::Partial &&
+                     at::has_internal_overlap(out) != at::MemOverlap::Yes;
+  FUSEDKV_EXPECT(check.op, apart, "out", "memory of its own for every element", "an overlap");
 
   const c10::cuda::CUDAGuard guard(x.device());
   if (!are_few_tokens(x, weight) || weight.size(0) % 32 != 0 || !is_aligned(out)) {

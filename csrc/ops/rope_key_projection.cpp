@@ -37,13 +37,15 @@ void project(const Checker& check, RopeKeyProjectionParams& params, const at::Te
              double eps = 0, bool early_weight = false) {
   fill_product(params, x, weight, early_weight);
   params.bias = data_or_null(bias);
-  at::Tensor rows = aligned_or_copy(x);
-  if (input_norm && takes_input_norm(params)) {
-    params.input_norm = input_norm->const_data_ptr();
-    params.input_eps = static_cast<float>(eps);
-  } else if (input_norm) {
-    const LibraryCall guard;
+  at::Tensor rows;
+  if (input_norm && !takes_input_norm(params)) {
+    const LibraryCall call;
     rows = at::rms_norm(x, x.size(1), input_norm, eps);
+  } else {
+    const bool rows_apart = x.size(0) < 2 || x.stride(0) >= x.size(1);
+    rows = rows_apart ? aligned_or_copy(x) : packed_copy(x);
+    params.input_norm = data_or_null(input_norm);
+    params.input_eps = static_cast<float>(eps);
   }
   params.x = rows.const_data_ptr();
   params.x_stride = rows.stride(0);

@@ -10,8 +10,9 @@
 namespace fusedkv {
 
 // Returns when all kernels before this one have ended and their writes are visible. A kernel that
-// launch_overlapping() launches calls it in every thread before it reads or writes device memory; prefetches
-// to the L2 may come earlier, because nobody sees what they brought but through a later load.
+// launch_overlapping() launches calls it in every thread before it writes device memory or reads what the
+// kernel before it may write; prefetches to the L2 may come earlier, because nobody sees what they brought
+// but through a later load.
 __device__ __forceinline__ void wait_for_previous_kernels() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
