@@ -20,7 +20,7 @@ from compare import Timing, environment, markdown_table, parse_arguments, quanti
 from compare_attention import parse_heads
 from torch import Tensor
 
-from fusedkv_ext import modules
+from fusedkv_ext import attention
 
 PLAIN, KEPT, AGAIN = "attention", "fuse_kv and attention", "the same, fused again in backward"
 WARM_UP = 3
@@ -39,15 +39,15 @@ def make_inputs(heads: Heads, tokens: int, device: str) -> Inputs:
 
 
 def plain(q, k_1, k_n, v_1, v_n, a, b) -> Tensor:
-    return modules.causal_attention(q, k_1, v_1)
+    return attention.causal_attention(q, k_1, v_1)
 
 
 def fused(q, k_1, k_n, v_1, v_n, a, b) -> Tensor:
-    return modules._mixed_attention(q, [k_1, k_n], [v_1, v_n], a, b)
+    return attention.mixed_attention(q, [k_1, k_n], [v_1, v_n], a, b)
 
 
 def fused_again(q, k_1, k_n, v_1, v_n, a, b) -> Tensor:
-    return modules._recomputing_attention(q, [k_1, k_n], [v_1, v_n], a, b)
+    return attention.recomputing_attention(q, [k_1, k_n], [v_1, v_n], a, b)
 
 
 CONTENDERS: dict[str, Callable[..., Tensor]] = {PLAIN: plain, KEPT: fused, AGAIN: fused_again}

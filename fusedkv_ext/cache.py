@@ -23,9 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedkv_ext import ops
-from fusedkv_ext.checks import FLOATS, HALF, expect, integer
-from fusedkv_ext.config import FusedKVConfig
-from fusedkv_ext.modules import (
+from fusedkv_ext.attention import (
     CUDNN_LENGTH,
     KeysValues,
     causal_attention,
@@ -34,6 +32,8 @@ from fusedkv_ext.modules import (
     ragged_attention,
     takes_cudnn,
 )
+from fusedkv_ext.checks import FLOATS, HALF, expect, integer
+from fusedkv_ext.config import FusedKVConfig
 from fusedkv_ext.plan import LayerPlan
 
 FP8_SOURCES = ("none", "copy", "only")

@@ -15,12 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fusedkv_ext.attention import KeysValues
 from fusedkv_ext.cache import DecodeStep, PagedKVCache, PrefillChunk, upload
 from fusedkv_ext.checks import FLOATS, INDEX, expect
 from fusedkv_ext.config import FusedKVConfig, read_json
 from fusedkv_ext.modules import (
     DecoderLayer,
-    KeysValues,
     ReconstructionAttention,
     RMSNorm,
     RotaryTable,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedkv_ext import FusedKVForCausalLM, StorageAttention
-from fusedkv_ext.modules import causal_attention
+from fusedkv_ext.attention import causal_attention
 
 MODES = ("copy", "only")
 

@@ -19,10 +19,10 @@ from fusedkv_ext import (
     ops,
     reference,
 )
+from fusedkv_ext.attention import causal_attention
 from fusedkv_ext.modules import (
     RMSNorm,
     SwiGLU,
-    causal_attention,
     initialise_fusion,
     projects_in_one_launch,
     rope_table,

@@ -12,10 +12,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from fusedkv_ext import attention
 from fusedkv_ext import cache as cache_module
-from fusedkv_ext import modules
+from fusedkv_ext.attention import causal_attention
 from fusedkv_ext.cache import PrefillChunk
-from fusedkv_ext.modules import causal_attention
 
 PLANS = ("vanilla", "cla", "fusedkv", "fusedkv_lite", "dense_fusion")
 LENGTHS = ((7,), (7, 7, 7), (5, 11, 5, 2))
@@ -51,7 +51,7 @@ def flash(monkeypatch):
         assert enable_gqa
         return varlen(*args, window_size=window_size, calls=calls)
 
-    monkeypatch.setattr(modules, "varlen_attn", fake)
+    monkeypatch.setattr(attention, "varlen_attn", fake)
     fake.__kwdefaults__ = {"window_size": (-1, -1), "enable_gqa": False}
     monkeypatch.setattr(PrefillChunk, "segments", lambda self, window, q: self._plan(window, True, False))
     monkeypatch.setattr(cache_module, "OWN_CALL", 8)
@@ -145,13 +145,13 @@ def test_other_sequences_are_gathered_in_one_copy():
 
 
 def test_keys_and_values_are_fused_once_a_layer_and_chunk(monkeypatch):
-    model, prompts, calls, fuse = tiny.model("fusedkv"), tiny.prompts(5, 11, 2, 5), [], modules.ops.fuse_kv
+    model, prompts, calls, fuse = tiny.model("fusedkv"), tiny.prompts(5, 11, 2, 5), [], attention.ops.fuse_kv
 
     def count(keys, *rest):
         calls.append(keys[0].numel() // (2 * 16))
         return fuse(keys, *rest)
 
-    monkeypatch.setattr(modules.ops, "fuse_kv", count)
+    monkeypatch.setattr(attention.ops, "fuse_kv", count)
     prefilled(model, prompts, all_logits=True)
     assert calls == [23] * 3  # reconstruction layers
 
@@ -181,7 +181,7 @@ def test_recomputed_fusion_changes_no_bit(plan, dtype, device):
 
 def alive_before_backward(model, ids, monkeypatch) -> int:
     """How many of the fused keys a forward pass keeps."""
-    mix, fused = modules.mix_sources, []
+    mix, fused = attention.mix_sources, []
 
     def watch(*args):
         keys, values = mix(*args)
@@ -189,7 +189,7 @@ def alive_before_backward(model, ids, monkeypatch) -> int:
         return keys, values
 
     with monkeypatch.context() as patch:
-        patch.setattr(modules, "mix_sources", watch)
+        patch.setattr(attention, "mix_sources", watch)
         loss = model(ids[:, :-1], ids[:, 1:])
         gc.collect()
         count = sum(reference() is not None for reference in fused)
@@ -265,9 +265,9 @@ def cudnn(monkeypatch):
         calls.append((q.shape[2], k.shape[2]))
         return fake_cudnn(q, k, *rest)
 
-    monkeypatch.setattr(modules, "takes_cudnn", lambda q: True)
-    monkeypatch.setattr(modules, "CUDNN_ATTENTION", attend)
-    for module in (modules, cache_module):
+    monkeypatch.setattr(attention, "takes_cudnn", lambda q: True)
+    monkeypatch.setattr(attention, "CUDNN_ATTENTION", attend)
+    for module in (attention, cache_module):
         monkeypatch.setattr(module, "CUDNN_LENGTH", 4)
     return calls
 
@@ -330,7 +330,7 @@ def test_cudnn_sees_strides_of_the_length_alone(cudnn, flash, monkeypatch):
         seen.add((q.stride(), k.stride(), v.stride()))
         return fake_cudnn(q, k, v, *rest)
 
-    monkeypatch.setattr(modules, "CUDNN_ATTENTION", attend)
+    monkeypatch.setattr(attention, "CUDNN_ATTENTION", attend)
     model = tiny.model("vanilla")
     for length in (17, 18, 19):
         prefilled(model, tiny.prompts(length))
@@ -354,20 +354,20 @@ def test_inference_attention_on_a_gpu(heads, queries, length):
 
 
 def test_cudnn_comes_first_where_it_is_enabled():
-    assert modules._backend_order()[0] == SDPBackend.CUDNN_ATTENTION
+    assert attention._backend_order()[0] == SDPBackend.CUDNN_ATTENTION
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]):
-        assert modules._backend_order() == [SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
+        assert attention._backend_order() == [SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(SDPBackend.MATH):
-        assert modules._backend_order() == []
+        assert attention._backend_order() == []
 
 
 def test_the_order_of_backends_compiles(monkeypatch):
     """On a GPU; here the order is set although no q is on one."""
     model, ids = tiny.model("fusedkv", torch.float32), torch.randint(0, tiny.VOCAB, (2, 18))
     expected = model(ids)
-    first = lambda q: sdpa_kernel(modules._backend_order(), set_priority=True)  # noqa: E731
-    monkeypatch.setattr(modules, "_cudnn_first", first)
+    first = lambda q: sdpa_kernel(attention._backend_order(), set_priority=True)  # noqa: E731
+    monkeypatch.setattr(attention, "_cudnn_first", first)
     assert torch.equal(model(ids), expected)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(ids), expected)
-    assert len(modules._backend_order()) == 4, "the order is left as it was"
+    assert len(attention._backend_order()) == 4, "the order is left as it was"
