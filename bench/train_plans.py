@@ -39,7 +39,8 @@ from fusedkv_ext import FusedKVConfig, FusedKVForCausalLM, cli, data
 from fusedkv_ext.checkpoint import checkpoints, step_of
 from fusedkv_ext.checks import expect
 from fusedkv_ext.plots import METRICS, VALIDATION
-from fusedkv_ext.train import TrainConfig, Trainer, model_config, processes_of, read_config, train
+from fusedkv_ext.train import Trainer, processes_of, train
+from fusedkv_ext.train_config import TrainConfig, model_config, read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "bench/train_plans.yaml"

@@ -23,16 +23,14 @@ pytest.importorskip("yaml")
 
 from fusedkv_ext import FusedKVConfig, FusedKVForCausalLM, checkpoint, cli, data, records
 from fusedkv_ext.evaluate import evaluate
-from fusedkv_ext.train import (
+from fusedkv_ext.train import Trainer, learning_rate, train
+from fusedkv_ext.train_config import (
     DataConfig,
     OptimizerConfig,
     TrainConfig,
-    Trainer,
-    learning_rate,
     model_config,
     read_config,
     resolved,
-    train,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # of saved_state

@@ -19,7 +19,8 @@ import train_plans
 
 from fusedkv_ext import plots
 from fusedkv_ext.config import read_json
-from fusedkv_ext.train import Trainer, model_config, read_config
+from fusedkv_ext.train import Trainer
+from fusedkv_ext.train_config import model_config, read_config
 
 FAST = ("steps=10", "validate_every=5", "checkpoint_every=10")
 
