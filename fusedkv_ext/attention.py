@@ -78,7 +78,7 @@ def _cudnn_first(q: Tensor) -> AbstractContextManager:
 
 @functools.cache  # every layer asks
 def capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_devicecapability(device)
+    return torch.cuda.get_device_capability(device)
 
 
 def takes_cudnn(q: Tensor) -> bool:

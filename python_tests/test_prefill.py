@@ -3,6 +3,7 @@
 import gc
 import weakref
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -351,6 +352,19 @@ def test_inference_attention_on_a_gpu(heads, queries, length):
     wide, plain = causal_attention(q.double(), k.double(), v.double()), causal_attention(q, k, v)
     with torch.no_grad():
         assert_close_2x(causal_attention(q, k, v), wide, plain, absolute=2**-9)
+
+
+def test_cudnn_is_preferred_from_hopper_on(monkeypatch):
+    """Asked as on a GPU: nothing else runs these lines without one."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (device.index, 0))
+    attention.capability.cache_clear()
+    for major in (8, 9, 10):
+        q = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 1, 1, 128))
+        q.device = torch.device("cuda", major)
+        assert attention.takes_cudnn(q) == (major >= 9)
+        q.dtype = torch.float32
+        assert not attention.takes_cudnn(q)
+    attention.capability.cache_clear()
 
 
 def test_cudnn_comes_first_where_it_is_enabled():
