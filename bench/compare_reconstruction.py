@@ -13,17 +13,17 @@ import argparse
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from attention_contenders import Heads, Mismatch
-from compare import Timing, environment, markdown_table, parse_arguments, quantiles, write_json
+from compare import WARM_UP, Timing, environment, markdown_table, quantiles, write_json
 from compare_attention import parse_heads
 from torch import Tensor
 
 from fusedkv_ext import attention
 
 PLAIN, KEPT, AGAIN = "attention", "fuse_kv and attention", "the same, fused again in backward"
-WARM_UP = 3
 TOLERANCE = 4 * 2.0**-8  # of a gradient's length: four roundings to bf16
 CHECKED_TOKENS = 512
 
@@ -89,8 +89,7 @@ def time_training(attend: Callable[..., Tensor], inputs: Inputs, repeats: int) -
         gradients(attend, inputs, grad)
         event.record()
     torch.cuda.synchronize()
-    times = [a.elapsed_time(b) for a, b in zip(events[WARM_UP:], events[WARM_UP + 1 :], strict=False)]
-    return quantiles(times)
+    return quantiles([a.elapsed_time(b) for a, b in pairwise(events[WARM_UP:])])
 
 
 def report(results: dict) -> str:
@@ -112,7 +111,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     default = [Heads(32, 8, 128), Heads(16, 16, 128)]
     parser.add_argument("--heads", type=parse_heads, nargs="+", metavar="HQ,HKV,D", default=default)
     parser.add_argument("--tokens", type=int, default=8192, metavar="S")
-    args = parse_arguments(parser, "copy", "bench_fuse_kv", arguments)
+    parser.add_argument("--repeats", type=int, default=20, help="timed passes a measurement")
+    parser.add_argument("--json", metavar="FILE", help="write every measurement to FILE")
+    args = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.error("needs a GPU")
 
     torch.manual_seed(0)
     command = shlex.join(["python", *sys.argv])

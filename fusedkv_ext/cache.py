@@ -440,9 +440,8 @@ class _Segment:
             return ragged_attention(q, k, v, self.ends, self.longest, window)
         count, length = self.shape
         k, v = (x if x.dim() == 4 else x[self.keys].unflatten(0, (-1, length)) for x in (k, v))
-        if (
-            len(k) == 1
-        ):  # the view may be of more; and cuDNN plans anew for another stride, even of one sequence
+        if len(k) == 1:
+            # The view may be of more; and cuDNN plans anew for another stride, even of one sequence.
             k, v = k[0, :length][None], v[0, :length][None]
         return causal_attention(q.unflatten(0, (-1, count)), k, v, window).flatten(0, 1)
 

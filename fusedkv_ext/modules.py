@@ -341,7 +341,9 @@ class _Attention(nn.Module):
         values are among the heads; None when they are queries only.
         """
         num_rows = (num_heads + (0 if layer is None else 2 * self.num_kv_heads)) * self.head_dim
-        weight = linear.weight[-num_rows:]
+        weight = linear.weight
+        if len(weight) > num_rows:
+            weight = weight[-num_rows:]
         positions, q_norm = step.positions, None if self.q_norm is None else self.q_norm.weight
         fused = projects_in_one_launch(x)
         if norm is not None and not (fused and norm.eps == self.eps):
@@ -475,8 +477,9 @@ class StorageAttention(_Attention):
 
         The output is added to residual [T, hidden] in place, which is returned.
         """
-        heads = (self.num_heads, cos_sin, step, norm, self.k_norm, self.layer)
-        q = self._project_and_write(x, self.qkv_proj, *heads)
+        q = self._project_and_write(
+            x, self.qkv_proj, self.num_heads, cos_sin, step, norm, self.k_norm, self.layer
+        )
         out = step.attend(q, step.cache.own(self.layer), self.window)
         ops.linear_add(residual, out.flatten(1), self.o_proj.weight, is_stored(self.o_proj))
         return residual

@@ -62,16 +62,12 @@ struct FewSwiglu {
   __device__ __forceinline__ int column(int i) const { return 16 * lane + 4 * i; }
 
   __device__ __forceinline__ void finish(HeadPart<D>& sum, bool present) {
-    Vec8 result, denominator, up;
+    Vec8 gate, up;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      result.x[i] = sum[i / 2 * 4 + i % 2], up.x[i] = sum[i / 2 * 4 + 2 + i % 2];
-      denominator.x[i] = 1.0f + expf(-result.x[i]);
+      gate.x[i] = sum[i / 2 * 4 + i % 2], up.x[i] = sum[i / 2 * 4 + 2 + i % 2];
     }
-    result.divide_by(denominator);  // before the product, which may overflow where the result does not
-#pragma unroll
-    for (int i = 0; i < 8; ++i) result.x[i] *= up.x[i];
-    if (present && inside) result.store(out);
+    if (present && inside) gated(gate, up).store(out);
   }
 };
 

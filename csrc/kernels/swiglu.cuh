@@ -16,18 +16,6 @@ namespace fusedkv {
 constexpr int kManySwigluVectors = 2, kManySwigluThreads = 256, kFewSwigluThreads = 64;
 constexpr int64_t kFewSwigluVectors = int64_t{1} << 17;  // of all threads
 
-template <class T>
-__device__ __forceinline__ Vec8 swiglu8(const uint4& gate_bits, const uint4& up_bits) {
-  Vec8 out = Vec8::unpack<T>(gate_bits), denominator;
-  const Vec8 up = Vec8::unpack<T>(up_bits);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) denominator.x[i] = 1.0f + expf(-out.x[i]);
-  out.divide_by(denominator);  // before the product, which may overflow where the result does not
-#pragma unroll
-  for (int i = 0; i < 8; ++i) out.x[i] *= up.x[i];
-  return out;
-}
-
 template <class T, int kVectors>
 __global__ void __launch_bounds__(kManySwigluThreads)
     swiglu_kernel(const __grid_constant__ SwigluParams p, uint64_t count) {
@@ -53,7 +41,7 @@ __global__ void __launch_bounds__(kManySwigluThreads)
   for (int i = 0; i < kVectors; ++i) {
     const uint64_t at = first + i * blockDim.x;
     if (at >= count) break;
-    swiglu8<T>(gate[i], up[i]).store(static_cast<T*>(p.out) + at * 8);
+    gated(Vec8::unpack<T>(gate[i]), Vec8::unpack<T>(up[i])).store(static_cast<T*>(p.out) + at * 8);
   }
 }
 

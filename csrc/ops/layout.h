@@ -19,6 +19,9 @@ inline bool is_aligned(const at::Tensor& x) {
   return aligned;
 }
 
+// Whether no row of a matrix shares memory with the next, as those of an expanded one do: what TMA takes.
+inline bool rows_are_apart(const at::Tensor& x) { return x.size(0) < 2 || x.stride(0) >= x.size(1); }
+
 inline at::Tensor aligned_or_copy(const at::Tensor& x) { return is_aligned(x) ? x : packed_copy(x); }
 
 // A tensor [..., Hkv, D] as [rows, Hkv, D] with heads and channels contiguous.

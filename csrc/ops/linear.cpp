@@ -26,8 +26,7 @@ void check_matrices(const Checker& check, const at::Tensor& x, const at::Tensor&
 }
 
 bool are_few_tokens(const at::Tensor& x, const at::Tensor& weight) {
-  const bool rows_apart = x.size(0) < 2 || x.stride(0) >= x.size(1);
-  return x.size(0) <= kMostFewTokens && x.size(1) % 8 == 0 && rows_apart && is_aligned(x) &&
+  return x.size(0) <= kMostFewTokens && x.size(1) % 8 == 0 && rows_are_apart(x) && is_aligned(x) &&
          is_aligned(weight) && weight.is_contiguous() && weight.size(0) <= kMostRows &&
          has_few_token_kernels();
 }

@@ -42,8 +42,7 @@ void project(const Checker& check, RopeKeyProjectionParams& params, const at::Te
     const LibraryCall call;
     rows = at::rms_norm(x, x.size(1), input_norm, eps);
   } else {
-    const bool rows_apart = x.size(0) < 2 || x.stride(0) >= x.size(1);
-    rows = rows_apart ? aligned_or_copy(x) : packed_copy(x);
+    rows = rows_are_apart(x) ? aligned_or_copy(x) : packed_copy(x);
     params.input_norm = data_or_null(input_norm);
     params.input_eps = static_cast<float>(eps);
   }

@@ -117,6 +117,17 @@ struct Vec8 {
   }
 };
 
+// silu(gate) * up.
+__device__ __forceinline__ Vec8 gated(Vec8 gate, const Vec8& up) {
+  Vec8 denominator;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) denominator.x[i] = 1.0f + expf(-gate.x[i]);
+  gate.divide_by(denominator);  // before the product, which may overflow where the result does not
+#pragma unroll
+  for (int i = 0; i < 8; ++i) gate.x[i] *= up.x[i];
+  return gate;
+}
+
 // Traps in a debug build when a device-side index lies outside what it indexes; true when it lies inside.
 __device__ __forceinline__ bool index_is_inside(int64_t index, int64_t count) {
   const bool inside = index >= 0 && index < count;
