@@ -174,7 +174,7 @@ def test_the_config_is_of_the_size_that_it_says():
         row = train_plans.facts(name, recipe, config, model)
         sizes = (68.5, 58.0) if name.startswith("vanilla") else (63.6, 53.1)
         assert [row["parameters"] / 1e6, row["non_embedding"] / 1e6] == pytest.approx(sizes, abs=0.06), name
-        assert config.steps * config.batch * config.data.context == 104_857_600
+        assert config.steps * config.batch * config.data.context == 100_663_296
 
 
 def test_processes_share_the_runs(work, capsys):

@@ -138,7 +138,8 @@ struct FewProduct {
       if constexpr (kNormed) mbarrier_init(normed(i), kFewNormWarps);
       mbarrier_init(empty(i), kReaders * split.sharers);
     }
-    mbarrier_init(arrived(), 1 + kFewProductThreads / 32 + (kNormed ? kFewNormWarps : 0));
+    // Every lane tells of its own sums, and not one of a warp after __syncwarp: what compute-sanitizer follows.
+    mbarrier_init(arrived(), 1 + kFewProductThreads + (kNormed ? 32 * kFewNormWarps : 0));
     fence_mbarrier_init();
     const int others = split.ranks - 1, floats = kFewRows + (kNormed ? 4 : 0);
     mbarrier_arrive_expect(arrived(), num_owned() * others * floats * int{sizeof(float)});
@@ -230,8 +231,7 @@ struct FewProduct {
       const float sum = sum_over_lanes<8>(squares[j]);
       send_row(row + 8 * j, kFewRows, {sum, 0.f, 0.f, 0.f}, chunk == 0);
     }
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(arrived());
+    mbarrier_arrive(arrived());
   }
 
   // A warpgroup.
@@ -293,8 +293,7 @@ struct FewProduct {
         send_row(n * 8 + lane % 4 * 2 + i, at, part, true);
       }
     }
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(arrived());
+    mbarrier_arrive(arrived());
   }
 
   // Loads all that an item is finished with before it waits for its sums.

@@ -173,8 +173,7 @@ struct HopperProjection {
       // The products of the tile before have been read by then, except where tiles are short.
       if (number > 0) mbarrier_wait(free, (number - 1) & 1);
       store_products(acc, warpgroup);
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) mbarrier_arrive(ready + warpgroup * 8);
+      mbarrier_arrive(ready + warpgroup * 8);
     }
   }
 
@@ -308,9 +307,7 @@ struct HopperProjection {
         }
       }
     }
-    if (is_last) return;
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(free);
+    if (!is_last) mbarrier_arrive(free);
   }
 };
 
@@ -338,8 +335,9 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
       mbarrier_init(projection.full + 8 * i, 1);
       mbarrier_init(projection.empty + 8 * i, 8 * kHopperCtas);  // warps
     }
-    for (int i = 0; i < 2; ++i) mbarrier_init(projection.ready + 8 * i, 4);
-    mbarrier_init(projection.free, 3);
+    // Threads, each for its own stores and loads, and not warps after __syncwarp: compute-sanitizer follows it.
+    for (int i = 0; i < 2; ++i) mbarrier_init(projection.ready + 8 * i, 128);
+    mbarrier_init(projection.free, 96);
     fence_mbarrier_init();
   }
   cluster_arrive();  // no CTA touches the other's barriers before they exist
