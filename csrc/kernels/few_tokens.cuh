@@ -138,7 +138,8 @@ struct FewProduct {
       if constexpr (kNormed) mbarrier_init(normed(i), kFewNormWarps);
       mbarrier_init(empty(i), kReaders * split.sharers);
     }
-    // Every lane tells of its own sums, and not one of a warp after __syncwarp: what compute-sanitizer follows.
+    // Every lane tells of its own sums, and not one of a warp after __syncwarp: what compute-sanitizer
+    // follows.
     mbarrier_init(arrived(), 1 + kFewProductThreads + (kNormed ? 32 * kFewNormWarps : 0));
     fence_mbarrier_init();
     const int others = split.ranks - 1, floats = kFewRows + (kNormed ? 4 : 0);

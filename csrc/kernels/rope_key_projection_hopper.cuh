@@ -335,7 +335,8 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
       mbarrier_init(projection.full + 8 * i, 1);
       mbarrier_init(projection.empty + 8 * i, 8 * kHopperCtas);  // warps
     }
-    // Threads, each for its own stores and loads, and not warps after __syncwarp: compute-sanitizer follows it.
+    // Threads, each for its own stores and loads, and not warps after __syncwarp: compute-sanitizer follows
+    // it.
     for (int i = 0; i < 2; ++i) mbarrier_init(projection.ready + 8 * i, 128);
     mbarrier_init(projection.free, 96);
     fence_mbarrier_init();
