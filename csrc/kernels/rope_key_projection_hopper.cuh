@@ -56,17 +56,22 @@ __device__ __forceinline__ constexpr int accumulator_of(int group, int row_half,
 }
 
 // A cluster's tiles: eight rows of tiles go through all columns together, so that their part of x and the
-// weight's tiles stay in the L2.
+// weight's tiles stay in the L2. Tiles of values alone come last of all: nothing hides how long the last
+// tiles take to finish, and values take the least.
 struct HopperTiles {
-  int row_tiles, col_tiles;  // of clusters
+  int row_tiles, col_tiles, value_tiles;  // of clusters; value_tiles: the last of the columns
 
   __device__ __forceinline__ int count() const { return row_tiles * col_tiles; }
   __device__ __forceinline__ void place(int tile, int& row_tile, int& col_tile) const {
     constexpr int kGroup = 8;
-    const int group = tile / (kGroup * col_tiles), in_group = tile % (kGroup * col_tiles);
+    const int others = col_tiles - value_tiles;
+    const bool is_value = tile >= row_tiles * others;
+    const int columns = is_value ? value_tiles : others;
+    if (is_value) tile -= row_tiles * others;
+    const int group = tile / (kGroup * columns), in_group = tile % (kGroup * columns);
     const int group_rows = min(kGroup, row_tiles - group * kGroup);
     row_tile = group * kGroup + in_group % group_rows;
-    col_tile = in_group / group_rows;
+    col_tile = in_group / group_rows + (is_value ? others : 0);
   }
 };
 
@@ -223,6 +228,8 @@ struct HopperProjection {
 
   // --------------------------------------------------------- three warps, for the last tile all but one
 
+  __device__ __forceinline__ static int first_row() { return (static_cast<int>(threadIdx.x) / 32 - 1) * 8; }
+
   // Of this lane's row among those from `first` on.
   __device__ __forceinline__ HopperToken look_up(const HopperTurn& turn, int first) const {
     const int row = first + threadIdx.x % 32 / 4;
@@ -235,12 +242,16 @@ struct HopperProjection {
     return token;
   }
 
-  // Four lanes have a row's heads, as HeadParts 4 * part + lane; a warp has eight rows at once.
-  __device__ __forceinline__ void finish(int number) const {
+  __device__ __forceinline__ HopperToken look_up_first(int number) const {
+    return look_up(HopperTurn(tiles, number), first_row());
+  }
+
+  // Four lanes have a row's heads, as HeadParts 4 * part + lane; a warp has eight rows at once. token: that
+  // of look_up_first.
+  __device__ __forceinline__ void finish(int number, HopperToken token) const {
     const HopperTurn turn(tiles, number);
     const bool is_last = number == turns - 1;
-    const int first_row = (static_cast<int>(threadIdx.x) / 32 - 1) * 8, row_step = (is_last ? 11 : 3) * 8;
-    HopperToken token = look_up(turn, first_row);
+    const int row_step = (is_last ? 11 : 3) * 8;
     const int lane = threadIdx.x % 4;
     const int first_head = turn.col_tile * kHeads;
     const int num_heads = p.heads.num_q_heads + 2 * p.heads.num_kv_heads;
@@ -253,7 +264,7 @@ struct HopperProjection {
     };
     load_norms();
 #pragma unroll 1
-    for (int first = first_row; first < kHopperRows; first += row_step) {
+    for (int first = first_row(); first < kHopperRows; first += row_step) {
       const int row = first + threadIdx.x % 32 / 4;
       const int64_t index = turn.row + row;
       const bool is_known = index_is_inside(token.position, p.heads.max_positions);
@@ -282,6 +293,7 @@ struct HopperProjection {
       float scale[kHeads];  // without a norm, nothing uses it
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) {
+        if (first_kind == HeadKind::kValue) break;
         float squares = 0.f;
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
@@ -301,8 +313,12 @@ struct HopperProjection {
         if (index >= p.num_tokens || first_head + h >= num_heads || store.to == nullptr) continue;
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
-          HeadPart<D> x = heads[h][part].unpack();
-          finish_head(p.heads, x, kind, scale[h], norms[part], angles[part], store);
+          if (kind == HeadKind::kValue && store.keeps_bits()) {
+            heads[h][part].store(reinterpret_cast<T*>(store.to));
+          } else {
+            HeadPart<D> x = heads[h][part].unpack();
+            finish_head(p.heads, x, kind, scale[h], norms[part], angles[part], store);
+          }
           store.skip_channels(32);
         }
       }
@@ -351,12 +367,15 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     if (threadIdx.x == 0) projection.copy(x_map, weight_map);
     __syncwarp();  // it arrives below as one
   } else {
-    int number = 0;
-    if (warp >= 4) {
-      projection.multiply(warp / 4 - 1);
-      number = projection.turns - 1;
+    // The warps that multiply look up their tokens of the last tile before its products are there.
+    int number = warp >= 4 ? projection.turns - 1 : 0;
+    HopperToken token = projection.look_up_first(number);
+    if (warp >= 4) projection.multiply(warp / 4 - 1);
+    while (true) {
+      projection.finish(number, token);
+      if (++number == projection.turns) break;
+      token = projection.look_up_first(number);
     }
-    for (; number < projection.turns; ++number) projection.finish(number);
   }
   // A CTA must stay while the other still writes to its barriers.
   cluster_arrive();
@@ -388,8 +407,10 @@ cudaError_t launch_hopper_tile(const RopeKeyProjectionParams& p, cudaStream_t st
   error = count_sms(sms);
   if (error != cudaSuccess) return error;
 
-  const HopperTiles tiles{static_cast<int>((tokens + Tile::kClusterRows - 1) / Tile::kClusterRows),
-                          static_cast<int>((cols + kCols - 1) / kCols)};
+  const int col_tiles = static_cast<int>((cols + kCols - 1) / kCols);
+  const int first_value = (p.heads.num_q_heads + p.heads.num_kv_heads) * D;
+  const HopperTiles tiles{static_cast<int>((tokens + Tile::kClusterRows - 1) / Tile::kClusterRows), col_tiles,
+                          std::max(0, col_tiles - (first_value + kCols - 1) / kCols)};
   const dim3 grid(std::min(sms / kHopperCtas, tiles.row_tiles * tiles.col_tiles) * kHopperCtas);
   return launch_overlapping_clusters(kernel, kHopperCtas, grid, kHopperThreads, Tile::kSmemBytes, stream, p,
                                      x_map, weight_map, tiles);

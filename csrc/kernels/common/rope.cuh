@@ -42,6 +42,10 @@ struct RawPart {
     const auto* chunks = reinterpret_cast<const uint4*>(head);
     return {{chunks[lane], chunks[D / 16 + lane]}};
   }
+  __device__ __forceinline__ void store(T* at) const {
+    *reinterpret_cast<uint4*>(at) = half[0];
+    *reinterpret_cast<uint4*>(at + D / 2) = half[1];
+  }
   __device__ __forceinline__ HeadPart<D> unpack() const {
     return {{Vec8::unpack<T>(half[0]), Vec8::unpack<T>(half[1])}};
   }
@@ -202,6 +206,9 @@ struct HeadStore {
     scale = is_value ? p.v_scale : p.k_scale;
     if (scale != nullptr) scale += head.index * D + 8 * lane;
   }
+
+  // Whether a value is stored as it is.
+  __device__ __forceinline__ bool keeps_bits() const { return !is_e4m3 && scale == nullptr; }
 
   __device__ __forceinline__ void next_head() {
     to += stride, full += full_stride;
