@@ -120,7 +120,7 @@ def verify(name: str, write: Callable[[Shared, Buffers], Tensor], shared: Shared
 
 
 def measure(
-    heads: Heads, tokens: int, hidden: int, page_size: int, repeats: int, device: str, clock: SmClock | None
+    heads: Heads, tokens: int, hidden: int, page_size: int, repeats: int, device: str, clock: SmClock
 ) -> list[Row]:
     traffic, flops = num_bytes(heads, tokens, hidden), 2 * tokens * hidden * rows_of(heads)
     shared = make_shared(heads, tokens, device)
