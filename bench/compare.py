@@ -10,8 +10,6 @@ import importlib.metadata
 import json
 import math
 import subprocess
-import threading
-import time
 from collections.abc import Callable, Sequence
 from datetime import date
 from itertools import pairwise
@@ -48,40 +46,6 @@ class Timing(NamedTuple):
     p10: float
     median: float
     p90: float
-    sm_mhz: float | None = None  # mean clock of the SMs meanwhile
-
-
-class SmClock:
-    """Reads the SMs' clock all the time while it is entered; without nvidia-smi it knows nothing."""
-
-    def __enter__(self) -> SmClock:
-        command = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits", "--loop-ms=10"]
-        command.append(f"--id=GPU-{torch.cuda.get_device_properties().uuid}")
-        self._samples: list[tuple[float, float]] = []  # when, MHz
-        try:
-            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        except OSError:
-            self._process = None
-        else:
-            threading.Thread(target=self._read, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._process:
-            self._process.kill()
-            self._process.wait()
-
-    def _read(self) -> None:
-        for line in self._process.stdout:
-            try:
-                self._samples.append((time.monotonic(), float(line)))
-            except ValueError:  # an error message, or N/A
-                continue
-
-    def between(self, start: float, end: float) -> float | None:
-        """Mean clock in MHz between two values of time.monotonic(), or None if none was read."""
-        read = [mhz for when, mhz in self._samples if start <= when <= end]
-        return sum(read) / len(read) if read else None
 
 
 def cold_sets(bytes_per_launch: int, l2_bytes: int | None = None) -> int:
@@ -97,40 +61,42 @@ def quantiles(samples: Sequence[float]) -> Timing:
     return Timing(*(ordered[round(q * (len(ordered) - 1))] for q in (0.1, 0.5, 0.9)))
 
 
-def time_graph_quantiles(
-    launches: Sequence[Callable[[], object]], repeats: int = 20, clock: SmClock | None = None
-) -> Timing:
-    """Time of one launch: a CUDA graph holds all of them, one after the other, and is replayed.
+def time_in_turns(contenders: Sequence[Sequence[Callable[[], object]]], repeats: int = 20) -> list[Timing]:
+    """Time of one launch of each contender: a CUDA graph holds all of its launches, one after the other.
 
+    The graphs are replayed in turn, so that all contenders find the card at the same clock and temperature.
     Each launch must use its own buffers (`cold_sets` says how many) and must be capturable. What it returns
     lives as long as the graph, so that outputs do not share memory.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    graph = torch.cuda.CUDAGraph()
-    rounds = math.ceil(MIN_LAUNCHES / len(launches))
+    graphs, outputs = [torch.cuda.CUDAGraph() for _ in contenders], []
     with torch.cuda.stream(side):  # also leaves the stream when a launch refuses to be captured
-        for launch in launches:  # compiles, loads and plans what a capture must not
-            launch()
-        side.synchronize()
-        with torch.cuda.graph(graph, stream=side):
-            outputs = [launch() for _ in range(rounds) for launch in launches]
+        for graph, launches in zip(graphs, contenders, strict=True):
+            for launch in launches:  # compiles, loads and plans what a capture must not
+                launch()
+            side.synchronize()
+            rounds = math.ceil(MIN_LAUNCHES / len(launches))
+            with torch.cuda.graph(graph, stream=side):
+                outputs.append([launch() for _ in range(rounds) for launch in launches])
 
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(WARM_UP + repeats + 1)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range((WARM_UP + repeats) * len(graphs) + 1)]
     torch.cuda.synchronize()
-    begun = time.monotonic()
     events[0].record()
-    for event in events[1:]:  # without a pause, so that the time to launch a graph is hidden
-        graph.replay()
+    for turn, event in enumerate(events[1:]):  # without a pause, so that the time to launch a graph is hidden
+        graphs[turn % len(graphs)].replay()
         event.record()
     events[-1].synchronize()
-    times = [a.elapsed_time(b) * 1e3 / len(outputs) for a, b in pairwise(events[WARM_UP:])]
-    return quantiles(times)._replace(sm_mhz=clock and clock.between(begun, time.monotonic()))
+    times = [a.elapsed_time(b) * 1e3 for a, b in pairwise(events)][WARM_UP * len(graphs) :]
+    return [
+        quantiles([time / len(output) for time in times[index :: len(graphs)]])
+        for index, output in enumerate(outputs)
+    ]
 
 
-def time_graph(launches: Sequence[Callable[[], object]], repeats: int = 20) -> float:
-    """The median of `time_graph_quantiles`, in microseconds of one launch."""
-    return time_graph_quantiles(launches, repeats).median
+def time_graph(launches: Sequence[Callable[[], object]], repeats: int = 20) -> Timing:
+    """The only contender of `time_in_turns`."""
+    return time_in_turns([launches], repeats)[0]
 
 
 def environment() -> str:

@@ -25,7 +25,7 @@ from compare import (
     geometric_mean,
     markdown_table,
     parse_arguments,
-    time_graph_quantiles,
+    time_graph,
     write_json,
 )
 from torch.nn.attention import SDPBackend
@@ -72,7 +72,7 @@ def variants(case: Case, name: str, page_size: int) -> dict[str, Callable[[], Co
 def measure_variant(name: str, build: Callable[[], Contender], repeats: int) -> Row:
     contender = build()
     verify(name, contender)
-    timing = time_graph_quantiles(contender.launches, repeats)
+    timing = time_graph(contender.launches, repeats)
     return {
         "bytes": contender.bytes,
         "us": timing.median,

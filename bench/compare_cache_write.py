@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 from attention_contenders import Heads, Mismatch
-from compare import cold_sets, environment, markdown_table, parse_arguments, time_graph_quantiles, write_json
+from compare import cold_sets, environment, markdown_table, parse_arguments, time_graph, write_json
 from compare_attention import parse_heads
 from torch import Tensor
 
@@ -146,7 +146,7 @@ def measure(heads: Heads, tokens: int, page_size: int, repeats: int, device: str
     for name, make in CONTENDERS.items():
         write = make()
         verify(f"{name}, {heads}, {tokens} tokens", write, shared, sets[0])
-        timing = time_graph_quantiles([partial(write, shared, b) for b in sets], repeats)
+        timing = time_graph([partial(write, shared, b) for b in sets], repeats)
         labels = {"heads": str(heads), "tokens": tokens, "contender": name, "bytes": traffic}
         times = {"us": timing.median, "p10_us": timing.p10, "p90_us": timing.p90}
         rows.append(labels | times | {"gb_s": traffic / timing.median / 1e3})

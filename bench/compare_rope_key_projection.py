@@ -4,7 +4,8 @@
 
 Contenders: `rope_key_projection_write`; torch.matmul of the same product, without norm, RoPE and cache write;
 and the matmul followed by Inductor's kernels for norm, RoPE and two index_copy_ calls. The first and the last
-are checked against float64 before they are timed; a wrong result ends the run.
+are checked against float64 before they are timed; a wrong result ends the run. Their CUDA graphs are replayed
+in turn.
 """
 
 from __future__ import annotations
@@ -20,12 +21,11 @@ import compare_cache_write as cache_write
 import torch
 from attention_contenders import Heads, Mismatch
 from compare import (
-    SmClock,
     cold_sets,
     environment,
     markdown_table,
     parse_arguments,
-    time_graph_quantiles,
+    time_in_turns,
     write_json,
 )
 from compare_cache_write import EPS, Row, Shared, make_shared, parse_tokens
@@ -119,20 +119,21 @@ def verify(name: str, write: Callable[[Shared, Buffers], Tensor], shared: Shared
             raise Mismatch(f"{name}, {output}: relative error {error:.2e} in a head, allowed {allowed:.2e}")
 
 
-def measure(
-    heads: Heads, tokens: int, hidden: int, page_size: int, repeats: int, device: str, clock: SmClock
-) -> list[Row]:
+def measure(heads: Heads, tokens: int, hidden: int, page_size: int, repeats: int, device: str) -> list[Row]:
     traffic, flops = num_bytes(heads, tokens, hidden), 2 * tokens * hidden * rows_of(heads)
     shared = make_shared(heads, tokens, device)
     sets = [make_buffers(heads, tokens, hidden, page_size, device) for _ in range(cold_sets(traffic))]
-    rows = []
-    for name, make in CONTENDERS.items():
-        write = make()
+    contenders = {name: make() for name, make in CONTENDERS.items()}
+    for name, write in contenders.items():
         if name != MATMUL:
             verify(f"{name}, {heads}, {tokens} x {hidden}", write, shared, sets[0])
-        timing = time_graph_quantiles([partial(write, shared, b) for b in sets], repeats, clock)
+    timings = time_in_turns(
+        [[partial(write, shared, b) for b in sets] for write in contenders.values()], repeats
+    )
+    rows = []
+    for name, timing in zip(contenders, timings, strict=True):
         labels = {"heads": str(heads), "rows": rows_of(heads), "tokens": tokens, "hidden": hidden}
-        times = {"us": timing.median, "p10_us": timing.p10, "p90_us": timing.p90, "sm_mhz": timing.sm_mhz}
+        times = {"us": timing.median, "p10_us": timing.p10, "p90_us": timing.p90}
         rates = {"gb_s": traffic / timing.median / 1e3, "tflop_s": flops / timing.median / 1e6}
         rows.append(labels | {"contender": name, "bytes": traffic, "flops": flops} | times | rates)
     return rows
@@ -144,7 +145,6 @@ def report(results: dict) -> str:
     header = ["Hq/Hkv/D", "N", "K", "M", f"{OURS}, µs", "TFLOP/s", "GB/s"]
     header += ["% of read ceiling"] if ceiling else []
     header += [f"{MATMUL}, µs", f"{OURS} / {MATMUL}", f"{INDUCTOR}, µs", f"{INDUCTOR} / {OURS}"]
-    header += [f"SM clock, MHz: {OURS}", MATMUL]
     shapes: dict[tuple, dict[str, Row]] = {}
     for row in results["rows"]:
         shape = (row["heads"], row["rows"], row["hidden"], row["tokens"])
@@ -155,7 +155,7 @@ def report(results: dict) -> str:
         line = [*shape, own["us"], own["tflop_s"], own["gb_s"]]
         line += [f"{own['gb_s'] / ceiling:.1%}"] if ceiling else []
         line += [bare["us"], own["us"] / bare["us"], user["us"], user["us"] / own["us"]]
-        lines.append([*line, own["sm_mhz"], bare["sm_mhz"]])
+        lines.append(line)
     return "\n\n".join([results["environment"], f"`{results['command']}`", markdown_table(header, lines)])
 
 
@@ -194,13 +194,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "read_ceiling_gb_s": args.read_ceiling,
         "rows": [],
     }
-    with SmClock() as clock:
-        for heads in args.heads:
-            for hidden in args.hidden:
-                for tokens in args.tokens:
-                    shape = (heads, tokens, hidden, args.page_size, args.repeats)
-                    results["rows"] += measure(*shape, "cuda", clock)
-                    print(f"{heads}, {tokens} x {hidden}: done", file=sys.stderr, flush=True)
+    for heads in args.heads:
+        for hidden in args.hidden:
+            for tokens in args.tokens:
+                results["rows"] += measure(heads, tokens, hidden, args.page_size, args.repeats, "cuda")
+                print(f"{heads}, {tokens} x {hidden}: done", file=sys.stderr, flush=True)
     print(report(results))
     if args.json:
         write_json(args.json, results)

@@ -33,7 +33,8 @@ def schedule_entries(
     if device.type != "cuda":
         return batch + 1
     rows = num_query_heads // num_kv_heads * num_query_tokens
-    return (batch + 4) // 4 * 4 + 2 * MAX_WORKERS * min(-(-rows // 8) * 8, BLOCK_ROWS) * 132
+    places, partials = 3 * 8, 2 * min(-(-rows // 8) * 8, BLOCK_ROWS) * 132  # of a worker
+    return (batch + 4) // 4 * 4 + MAX_WORKERS * (places + partials)
 
 
 def expect(condition: bool, op: str, argument: str, expected: str, got: object) -> None:

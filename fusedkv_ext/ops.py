@@ -367,9 +367,10 @@ def attention_schedule(
         num_query_tokens, num_query_heads, num_kv_heads, window: those of the attention.
 
     Returns:
-        int32: B + 1 cumulative counts of 64-token blocks; on CUDA also room for partial results (2 MB for up
-        to 8 query rows G * Q a key/value head, 13 MB for 64 or more), which `fused_attention` leaves as it
-        found it. One schedule must not serve two streams at once.
+        int32: B + 1 cumulative counts of 64-token blocks; on CUDA also where each CTA begins, and room for
+        partial results (2 MB for up to 8 query rows G * Q a key/value head, 13 MB for 64 or more), which
+        `fused_attention` leaves as it found it. It serves attention with these lengths, heads and window
+        alone, and not two streams at once.
 
     Raises:
         ValueError: a dtype, shape or number that does not fit.

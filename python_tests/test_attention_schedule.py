@@ -6,6 +6,7 @@ import torch
 from fusedkv_ext import ops
 
 EMPTY = 0xFFF5EED5 - 2**32  # kEmpty of schedule.cuh
+PLACES = 3 * 192 * 8  # words
 
 
 def plain_schedule(lengths, max_seq_len, num_q, hq, hkv, window) -> list[int]:
@@ -18,12 +19,32 @@ def plain_schedule(lengths, max_seq_len, num_q, hq, hkv, window) -> list[int]:
 
 
 def counts_of(schedule, batch) -> list[int]:
-    """What `plain_schedule` has; on CUDA zeros follow up to 16 bytes, then empty partial results."""
+    """What `plain_schedule` has; on CUDA zeros up to 16 bytes, places and empty partial results follow."""
     counts, rest = schedule.tolist()[: batch + 1], schedule[batch + 1 :]
     padding = -(batch + 1) % 4
-    assert not rest[:padding].any() and (rest[padding:] == EMPTY).all()
-    assert len(rest) == 0 or len(rest) >= padding + 8 * 132
+    partials = rest[padding + PLACES :]
+    assert not rest[:padding].any() and (partials == EMPTY).all()
+    assert len(rest) == 0 or len(partials) >= 8 * 132
     return counts
+
+
+def check_places(schedule, lengths, max_seq_len, num_q, hq, hkv, window) -> None:
+    """Ranges lie one after the other and cover all blocks, once or once a head, for each size of units."""
+    counts = plain_schedule(lengths, max_seq_len, num_q, hq, hkv, window)
+    after_counts = -(-len(counts) // 4) * 4
+    head_rows = hkv * -(-hq // hkv * num_q // 64)
+    for places in schedule[after_counts : after_counts + PLACES].view(3, -1, 8).tolist():
+        ends, taken = [], [place for place in places if place[5] > 0]
+        assert places[: len(taken)] == taken
+        for head_row, seq, block, blocks, length, remaining, parts, _ in taken:
+            begin = ends[-1] if ends else 0
+            assert head_row * counts[-1] + counts[seq] + block == begin
+            assert blocks == counts[seq + 1] - counts[seq] > block
+            assert length == min(max(int(lengths[seq]), 0), max_seq_len)
+            ends.append(begin + remaining)
+            merges = block > 0 and begin - block + blocks <= ends[-1]
+            assert parts == (1 + sum(end > begin - block for end in ends[:-1]) if merges else 0)
+        assert ends[-1] in (counts[-1], head_rows * counts[-1])
 
 
 @pytest.mark.parametrize("window", [0, 1, 70])
@@ -33,6 +54,8 @@ def test_schedule(device, window, num_q):
     args = (512, num_q, 24, 2, window)
     got = ops.attention_schedule(lengths.to(device), *args)
     assert got.dtype == torch.int32 and counts_of(got, len(lengths)) == plain_schedule(lengths, *args)
+    if device == "cuda":
+        check_places(got, lengths, *args)
 
 
 def test_schedule_of_many_sequences(device):
@@ -40,6 +63,8 @@ def test_schedule_of_many_sequences(device):
     args = (4096, 1, 8, 8, 0)
     got = ops.attention_schedule(lengths.to(device), *args)
     assert counts_of(got, len(lengths)) == plain_schedule(lengths, *args)
+    if device == "cuda":
+        check_places(got, lengths, *args)
 
 
 def test_too_many_blocks(device):

@@ -346,6 +346,11 @@ def test_wrong_schedule_stays_inside(device):
     schedule = ops.attention_schedule(case.seq_lens, 10**4, 1, 8, 2)
     for counts in ([7, 7, 7, 7], [50, 60, 61, 62], [0, 9, 3, 12], [-4, -2, 5, 6]):
         schedule[:4] = torch.tensor(counts, dtype=torch.int32)
+        if device == "cuda":  # places of ranges follow, of 8 words
+            places = schedule[4 : 4 + 3 * 192 * 8].view(-1, 8)
+            places.copy_(
+                torch.randint(-5, 70, places.shape, generator=torch.Generator().manual_seed(counts[1]))
+            )
         ops.fused_attention(*case.args(), schedule=schedule)
     assert torch.equal(run(case), right)
 

@@ -161,8 +161,13 @@ class Scheduler {
         Fiber& fiber = *fibers_[rank * threads + i];
         const unsigned x = i % launch.block.x, y = i / launch.block.x % launch.block.y;
         fiber.done = false, fiber.work = &work, fiber.ready = nullptr, fiber.waits_for = nullptr;
-        fiber.thread = {
-            {x, y, i / (launch.block.x * launch.block.y)}, i, &cta, &warps_[rank * warps + i / 32], {}, 0};
+        fiber.thread = {{x, y, i / (launch.block.x * launch.block.y)},
+                        i,
+                        &cta,
+                        &warps_[rank * warps + i / 32],
+                        {},
+                        {},
+                        0};
         fiber.thread.copies.emplace_back();
       }
       for (int w = 0; w < warps; ++w) {
@@ -179,7 +184,8 @@ class Scheduler {
  private:
   void land(size_t i) {
     const auto effect = std::move(cluster_.in_flight[i]);
-    cluster_.in_flight.erase(cluster_.in_flight.begin() + i);
+    if (i + 1 < cluster_.in_flight.size()) cluster_.in_flight[i] = std::move(cluster_.in_flight.back());
+    cluster_.in_flight.pop_back();
     effect();
   }
 

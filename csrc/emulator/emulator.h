@@ -56,12 +56,25 @@ struct Group {
   std::vector<std::function<void()>> effects;
 };
 
+// What a barrier counts as one arrival: copies of a thread, and all it has issued before them.
+struct Batch {
+  Group copies;
+  std::shared_ptr<Batch> before;
+
+  void land() {
+    if (before) before->land(), before.reset();
+    for (const auto& effect : copies.effects) effect();
+    copies.effects.clear();
+  }
+};
+
 struct Thread {
   uint3 index{};
   int number = 0;  // in the CTA
   Cta* cta = nullptr;
   Warp* warp = nullptr;
-  std::vector<Group> copies;  // cp.async; the last one is not committed
+  std::vector<Group> copies;     // cp.async; the last one is not committed
+  std::shared_ptr<Batch> batch;  // the last one that a barrier counts
   uint64_t cluster_phase = 0;
 
   int lane() const { return number % 32; }

@@ -64,6 +64,10 @@ inline void wait_for_previous_kernels() {}
 inline void let_next_kernel_start() {}
 inline void prefetch_l2(const void*) {}
 inline void need_here(uint64_t) {}
+template <int registers>
+inline void lower_registers() {}
+template <int registers>
+inline void raise_registers() {}
 inline void publish(float4* to, float4 x) { *to = x; }
 inline void publish(float2* to, float2 x) { *to = x; }
 inline float4 load_published(const float4* from) { return *from; }
@@ -198,8 +202,7 @@ inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint
 // --------------------------------------------------------------------------------------------- mbarriers
 
 struct Mbarrier {
-  uint8_t phase, unused;
-  uint8_t arrivals, pending;
+  uint32_t phase : 1, arrivals : 15, pending : 16;
   int32_t bytes;  // that this phase waits for
 
   void check() {
@@ -218,10 +221,20 @@ inline Mbarrier& mbarrier_at(uint32_t barrier) {
 }
 
 inline void mbarrier_init(uint32_t barrier, int arrivals) {
-  mbarrier_at(barrier) = {0, 0, static_cast<uint8_t>(arrivals), static_cast<uint8_t>(arrivals), 0};
+  mbarrier_at(barrier) = {0, uint32_t(arrivals), uint32_t(arrivals), 0};
 }
 inline void fence_mbarrier_init() {}
 inline void mbarrier_arrive(uint32_t barrier) { mbarrier_at(barrier).arrive(); }
+inline void mbarrier_arrive_after_copies(uint32_t barrier) {
+  if (current->copies.size() > 1) fail("cp.async that both a group and a barrier wait for");
+  const auto batch = std::make_shared<emulator::Batch>(
+      emulator::Batch{std::exchange(current->copies.back(), {}), std::move(current->batch)});
+  current->batch = batch;
+  current->cta->cluster->in_flight.push_back([batch, &at = mbarrier_at(barrier)] {
+    batch->land();
+    at.arrive();
+  });
+}
 inline void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
   mbarrier_at(barrier).bytes += bytes;
   mbarrier_at(barrier).arrive();

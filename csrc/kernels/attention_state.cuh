@@ -17,8 +17,8 @@ struct SharedItem {
 
 template <class S>
 struct AttentionControl {
-  alignas(8) uint8_t visible[kMaxStages][S::kUnitTokens / 8];  // one bit a token: it may be seen
-  float value_weights[S::kSources][S::D];                      // of the item
+  RingControl<S> ring;
+  float value_weights[S::kSources][S::D];  // of the item
   SharedItem shared_item;
   alignas(16) float4 sums[S::kRows == 8 ? S::kThreads : 1];  // see combine()
   float2 stats[S::kRows == 8 ? S::kThreads : 1];
@@ -158,7 +158,7 @@ struct AttentionState {
     }
   }
 
-  __device__ __forceinline__ void add_unit(const AttentionParams& p, const BlockCursor& at, const char* stage,
+  __device__ __forceinline__ void add_unit(const AttentionParams& p, const BlockPlace& at, const char* stage,
                                            const uint8_t* visible) {
     const int first = threadIdx.x / 32 / S::kTeamWarps * S::kTeamTokens;
 #pragma unroll 1
@@ -175,7 +175,7 @@ struct AttentionState {
   }
 
   // Adds kStepTokens tokens, from number `token` of the unit.
-  __device__ __forceinline__ void add_tokens(const AttentionParams& p, const BlockCursor& at,
+  __device__ __forceinline__ void add_tokens(const AttentionParams& p, const BlockPlace& at,
                                              const char* stage, int token, uint32_t seen) {
     constexpr int kTiles = S::kStepTokens / 16, kSteps = kStepsAtOnce<S>;
     // A chain of dependent products is latency: where there is one tile only, odd and even steps have their
@@ -296,7 +296,7 @@ struct AttentionState {
     }
   }
 
-  __device__ __forceinline__ void mask_scores(const AttentionParams& p, const BlockCursor& at, int token,
+  __device__ __forceinline__ void mask_scores(const AttentionParams& p, const BlockPlace& at, int token,
                                               uint32_t seen,
                                               float (&scores)[S::kStepTokens / 16][S::kRowTiles][4]) {
     constexpr int kTiles = S::kStepTokens / 16;
@@ -415,11 +415,11 @@ struct MergedRow {
 };
 
 // Adds partial results. The result goes to `partial`, in the same form, or where that is null to the output.
-// All threads call it. D / 4 threads share a row, and where there are threads for several times the rows of
-// the item, the parts are dealt out to groups of them, whose sums meet in shared memory. The order of all
-// additions is fixed, so every run gives the same bits.
-// What runs once a kernel runs at the latency of each instruction, and its instructions are fetched from
-// memory: so teams and workers share this code, and all loads of a thread are in flight together.
+// All threads that compute call it. D / 4 threads share a row, and where there are threads for several times
+// the rows of the item, the parts are dealt out to groups of them, whose sums meet in shared memory. The
+// order of all additions is fixed, so every run gives the same bits. What runs once a kernel runs at the
+// latency of each instruction, and its instructions are fetched from memory: so teams and workers share this
+// code, and all loads of a thread are in flight together.
 template <class S>
 __device__ __noinline__ void combine(AttentionControl<S>& control, const Parts parts, int rows,
                                      float* partial, ItemOutput output) {
@@ -481,7 +481,7 @@ __device__ __noinline__ void combine(AttentionControl<S>& control, const Parts p
     if (groups > 1) {  // then there is but one turn of the outer loop
       control.stats[threadIdx.x] = {merged.max, merged.sum};
       control.sums[threadIdx.x] = {merged.x[0], merged.x[1], merged.x[2], merged.x[3]};
-      __syncthreads();
+      compute_barrier<S>();
       if (group > 0) return;
 #pragma unroll 1
       for (int other = 1; other < groups; ++other) {

@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "common/mbarrier.cuh"
 #include "common/mma.cuh"
 #include "common/overlap.cuh"
 #include "schedule.cuh"
@@ -20,21 +21,23 @@ struct ByteStrides {
 
 // What the kernel gets: the op's arguments, and what the host derives from them once.
 struct AttentionParams : FusedAttentionParams {
-  int group;          // query heads of a key/value head
-  int row_blocks;     // of a key/value head
-  int page_shift;     // log2 of the page size, or -1 when it is no power of two
-  int capacity;       // tokens of a sequence's pages
-  int max_blocks;     // of the batch that positions can count
-  int stages;         // of the ring
+  int group;       // query heads of a key/value head
+  int row_blocks;  // of a key/value head
+  int page_shift;  // log2 of the page size, or -1 when it is no power of two
+  int capacity;    // tokens of a sequence's pages
+  int max_blocks;  // of a range, at most
+  int stages;      // of the ring
+  const RangePlace* places;
   float* partials;    // two for each worker: of the item it begins in, and of the one it ends in
   int partial_words;  // from one to the next
   bool in_slices;     // the tokens of a warp's slice lie in one page, and the strides are these
   ByteStrides k_strides, v_strides;
 };
 
-// A unit is what a CTA loads at a time: one slice of tokens for each warp. A warp computes the attention of
-// 8 * row_tiles query rows; team_warps warps with rows of their own share the slices of all of them. With
-// `wgmma` a team is a warpgroup, and WarpgroupState does what AttentionState does for the others.
+// A unit is what a CTA loads at a time: one slice of tokens for each warp that computes. Such a warp computes
+// the attention of 8 * row_tiles query rows; team_warps warps with rows of their own share the slices of all
+// of them. With `wgmma` a team is a warpgroup, and WarpgroupState does what AttentionState does for the
+// others.
 template <class Compute, class Cache, int head_dim, int max_sources, int row_tiles, int team_warps,
           bool wgmma = false>
 struct AttentionShape {
@@ -51,11 +54,26 @@ struct AttentionShape {
   static constexpr int kSliceTokens =
       kFullSlice > 32 ? 32 : (kFullSlice * kTeamWarps < 16 ? 16 / kTeamWarps : kFullSlice);
   static constexpr int kWarps = kSliceTokens * kTokenBytes <= 8192 ? 8 : 4;
-  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kThreads = 32 * kWarps;  // that compute, the first of the CTA
+  // Where a warp computes little it loads its slices itself: with one tile of query rows, and sources in 16
+  // bits or two of D = 64. Elsewhere other warps load for it, which takes longer at the start and then less:
+  // docs/kernels.md has the times.
+  static constexpr bool kLoadsItself =
+      row_tiles == 1 && team_warps == 1 && (sizeof(Cache) == 2 || (max_sources == 2 && head_dim == 64));
+  static constexpr int kLoaderWarps = kLoadsItself ? 0 : 4;
+  static constexpr int kLoadingThreads = kLoadsItself ? kThreads : 32 * kLoaderWarps;
+  static constexpr int kFirstLoader = kLoadsItself ? 0 : kWarps;
+  static constexpr int kCtaThreads = kThreads + 32 * kLoaderWarps;
+  // Where 168 registers a thread, what 12 warps get, are too few to compute, the loaders hand some over.
+  static constexpr bool kMovesRegisters =
+      !kLoadsItself && kWarps == 8 && (kWgmma || kSources * kRowTiles * D == 512);
+  static constexpr int kLoaderRegisters = 104, kRegisters = 200;
   static constexpr int kTeams = kWarps / kTeamWarps;
   static constexpr int kWarpRows = 8 * kRowTiles, kRows = kWarpRows * kTeamWarps;
   static constexpr int kUnitTokens = kWarps * kSliceTokens, kUnitBlocks = kUnitTokens / kBlockTokens;
   static constexpr int kTeamTokens = kTeamWarps * kSliceTokens;
+  static_assert(kUnitBlocks == 1 || kUnitBlocks == 2 || kUnitBlocks == 4);
+  static constexpr int kUnitSize = kUnitBlocks / 2;               // see RangePlace
   static constexpr int kStepTokens = kTeamTokens < 32 ? 16 : 32;  // that one step of the softmax takes
   static constexpr int kPlaneBytes = kUnitTokens * kRowBytes;     // of one source in a unit
   // For wgmma a row lies in pieces of 128 bytes, each in a tile of its own.
@@ -99,133 +117,154 @@ struct SequenceInfo {
   __device__ static SequenceInfo load(const AttentionParams& p, int seq) {
     return {p.schedule[seq], p.schedule[seq + 1], p.seq_lens[seq]};
   }
-  // Of the first 32 sequences, one a lane; of the last one for lanes beyond the batch.
-  __device__ static SequenceInfo load_first(const AttentionParams& p) {
-    return load(p, min(int(threadIdx.x % 32), p.batch - 1));
-  }
 };
 
 // A place in the order of blocks. Like every number in device memory the schedule is not trusted: with any
 // contents the place stays inside the batch, so that a wrong schedule gives wrong results and no more.
-struct BlockCursor {
+struct BlockPlace {
   int seq, head, row_block, block;
   int blocks, length, first;  // of the sequence; first: position of the first token that is seen
-  SequenceInfo next;          // loaded long before it is needed: see UnitLoader
+  int remaining;              // blocks of the worker, from here on
 
+  // Blocks up to the end of the item or of the worker's range.
+  __device__ int item_blocks() const { return min(blocks - block, remaining); }
   // Position of the first token of the block.
   __device__ int start() const { return first / kBlockTokens * kBlockTokens + block * kBlockTokens; }
+};
+
+// A place that moves on.
+struct BlockCursor : BlockPlace {
+  SequenceInfo next;  // loaded long before it is needed: see UnitLoader
 
   __device__ void enter_sequence(const AttentionParams& p, const SequenceInfo& info) {
     blocks = max(1, info.end - info.begin);
     length = max(0, min(info.length, p.capacity));
     first = first_visible(length, p.num_query_tokens, p.window);
-    next = SequenceInfo::load(p, seq + 1 < p.batch ? seq + 1 : 0);
+  }
+  __device__ void load_next(const AttentionParams& p) {
+    if (p.batch > 1) next = SequenceInfo::load(p, seq + 1 < p.batch ? seq + 1 : 0);
   }
 
-  // To block `at` of the batch. `info`: from load_first().
-  __device__ void seek(const AttentionParams& p, int head_row, int at, SequenceInfo info) {
-    const int lane = threadIdx.x % 32;
-    SequenceInfo own = info;
-    seq = 0;
-    for (int base = 0; p.batch > 1;) {
-      const int found = __popc(__ballot_sync(~0u, base + lane < p.batch && info.begin <= at));
-      const int last = max(found - 1, 0);
-      const SequenceInfo candidate = {__shfl_sync(~0u, info.begin, last), __shfl_sync(~0u, info.end, last),
-                                      __shfl_sync(~0u, info.length, last)};
-      if (found > 0 || base == 0) seq = base + last, own = candidate;
-      base += 32;
-      if (found < 32 || base >= p.batch) break;
-      info = SequenceInfo::load(p, min(base + lane, p.batch - 1));
-    }
-    enter_sequence(p, own);
-    head_row = min(head_row, p.num_kv_heads * p.row_blocks - 1);
+  // To where a range begins.
+  __device__ void begin_at(const AttentionParams& p, const RangePlace& range, int head_row) {
+    seq = max(0, min(range.seq, p.batch - 1));
+    enter_sequence(p, {0, range.blocks, range.length});
+    load_next(p);
+    block = max(0, min(range.block, blocks - 1));
+    remaining = min(range.remaining, p.max_blocks);
+    head_row = max(0, min(head_row, p.num_kv_heads * p.row_blocks - 1));
     head = head_row, row_block = 0;
     if (p.row_blocks > 1) head = head_row / p.row_blocks, row_block = head_row % p.row_blocks;
-    block = max(0, min(at - own.begin, blocks - 1));
   }
 
+  // The end of the worker's range is in its last item.
   __device__ void advance(const AttentionParams& p, int count) {
-    block += count;
-    if (block < blocks) return;
+    block += count, remaining -= count;
+    if (block < blocks || remaining == 0) return;
     block = 0;
     if (++seq == p.batch) {
       seq = 0;
       if (++row_block == p.row_blocks) row_block = 0, head = min(head + 1, p.num_kv_heads - 1);
     }
-    if (p.batch > 1) enter_sequence(p, SequenceInfo(next));  // a copy, because it overwrites `next`
-  }
-
-  // Blocks of the unit here: up to the end of the item and of the worker's range.
-  template <class S>
-  __device__ int unit_blocks(int left) const {
-    return min(min(S::kUnitBlocks, blocks - block), left);
+    if (p.batch > 1) enter_sequence(p, next);
+    load_next(p);
   }
 };
 
-// Loads one warp's slice of each unit. An ordinary load returns after the asynchronous copies that were
-// issued before it, however near its data is; so what the next unit needs (its pages, the next sequence) is
-// asked for before the copies of this one, and queries and weights are copied with their unit.
+// How loaders and the warps that compute tell each other about the stages of the ring. A warp that loads for
+// itself waits for its own copies and needs no barriers.
 template <class S>
-struct UnitLoader {
-  using C = typename S::C;
-  BlockCursor at;
-  int left;                  // blocks
-  bool new_item = true;      // the unit is the first of its item, or of the worker
-  bool inside;               // the lane's token may be seen, if its page is in the cache
-  int page, offset_in_page;  // of the slice's first token where it lies in one page, else of the lane's token
+struct RingControl {
+  alignas(8) uint8_t visible[kMaxStages][S::kUnitTokens / 8];  // one bit a token: it may be seen
+  static constexpr int kBarriers = S::kLoadsItself ? 1 : kMaxStages;
+  uint64_t full[kBarriers][S::kTeams], empty[kBarriers][S::kTeams];  // the slices of a team
+  uint64_t item[kBarriers];  // full: the queries and weights of an item that begins in the stage
+  // Empty, where an item ended. All threads that compute used the stage then; that those of other teams have
+  // left it follows from what the loader waits for anyway, but only this says it to racecheck.
+  uint64_t met[kBarriers];
+  // Where each warp loads for itself: the item that begins in the stage, or the end of all.
+  BlockPlace place[S::kLoadsItself ? kMaxStages : 1][S::kLoadsItself ? S::kWarps : 1];
 
-  __device__ UnitLoader(const AttentionParams& p, const BlockCursor& start, int blocks)
-      : at(start), left(blocks) {
-    look_up(p);
+  __device__ void init(int stages) {
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // in a uniform register
+    if (threadIdx.x % 32 > 0) return;
+#pragma unroll 1
+    for (int i = 0; i < stages; ++i) {
+      if (warp < S::kTeams) {
+        mbarrier_init(smem_address(&full[i][warp]), S::kTeamWarps * (32 + 1));  // copies, and the bits
+        mbarrier_init(smem_address(&empty[i][warp]), S::kTeamWarps * 32);
+      }
+      if (warp == 0) mbarrier_init(smem_address(&item[i]), S::kLoadingThreads);
+      if (warp == 0) mbarrier_init(smem_address(&met[i]), S::kThreads);
+    }
   }
 
-  // Issues the copies of the unit here and moves to the next.
-  __device__ __forceinline__ void load_unit(const AttentionParams& p, char* stage, uint8_t* visible) {
-    const UnitLoader unit = *this;
-    const uint32_t mask = __ballot_sync(~0u, inside && index_is_inside(page, p.cache.num_pages));
-    const int count = at.unit_blocks<S>(left);
-    left -= count;
-    if (left > 0) {
-      at.advance(p, count);
-      new_item = at.block == 0;
-      look_up(p);
+  // The thread has read its team's slices.
+  __device__ __forceinline__ void leave(const RingPlace& place, int team) {
+    mbarrier_arrive(smem_address(&empty[place.stage][team]));
+  }
+  // And the stage in which the teams met.
+  __device__ __forceinline__ void leave_meeting(const RingPlace& place, int team) {
+    leave(place, team);
+    mbarrier_arrive(smem_address(&met[place.stage]));
+  }
+};
+
+// Copies a slice, or a thread's share of the queries and weights, into a stage.
+template <class S>
+struct StageCopies {
+  using C = typename S::C;
+
+  // Bits: of the tokens of the slice.
+  static __device__ __forceinline__ void write_visible(uint8_t* visible, int slice, uint32_t mask) {
+    if constexpr (S::kSliceTokens == 32) reinterpret_cast<uint32_t*>(visible)[slice] = mask;
+    if constexpr (S::kSliceTokens == 16) reinterpret_cast<uint16_t*>(visible)[slice] = mask;
+    if constexpr (S::kSliceTokens == 8) visible[slice] = mask;
+  }
+
+  // `page` and `offset`: of the slice's first token where it lies in one page, else of the lane's token.
+  static __device__ __forceinline__ void copy_sources(const AttentionParams& p, int head, int page,
+                                                      int offset, uint32_t mask, char* stage, int slice) {
+    const uint32_t keys = first_destination(stage, slice);
+    const uint32_t values = first_destination(stage + S::kSources * S::kPlaneBytes, slice);
+    if (p.in_slices) {
+      copy_slice(p.k_sources, p.num_k_sources, p.k_strides, head, page, offset, mask, keys);
+      copy_slice(p.v_sources, p.num_v_sources, p.v_strides, head, page, offset, mask, values);
+    } else {
+      copy_rows(p.k_sources, p.num_k_sources, head, page, offset, mask, keys);
+      copy_rows(p.v_sources, p.num_v_sources, head, page, offset, mask, values);
     }
-    unit.issue(p, stage, visible, mask);
+  }
+
+  // Query rows in the order token * G + head, and weights.
+  static __device__ __forceinline__ void copy_item(const AttentionParams& p, int seq, int head, int row_block,
+                                                   char* stage) {
+    const int group = p.group, rows = group * p.num_query_tokens;
+    const int first_row = row_block * S::kRows;
+    constexpr int kChunks = S::D / 8;
+#pragma unroll 1
+    for (int i = threadIdx.x - 32 * S::kFirstLoader; i < S::kRows * kChunks; i += S::kLoadingThreads) {
+      const int local = i / kChunks, chunk = i % kChunks, row = first_row + local;
+      const bool valid = row < rows;
+      int64_t from = seq * p.q_batch_stride + (head * group + row) * p.q_head_stride + chunk * 8;
+      if (p.num_query_tokens > 1) from += row / group * (p.q_token_stride - group * p.q_head_stride);
+      cp_async_16(smem_address(stage + S::kQueryOffset + swizzled<kChunks>(local, chunk)),
+                  static_cast<const typename S::T*>(p.q) + (valid ? from : 0), valid);
+    }
+    constexpr int kSide = S::kSources * S::D / 4;  // 16-byte chunks of the weights of one side
+#pragma unroll 1
+    for (int i = threadIdx.x - 32 * S::kFirstLoader; i < 2 * kSide; i += S::kLoadingThreads) {
+      const bool values = i >= kSide;
+      const int s = i % kSide / (S::D / 4), chunk = i % (S::D / 4);
+      const float* const weights = values ? p.value_weights : p.key_weights;
+      if (weights && s < (values ? p.num_v_sources : p.num_k_sources)) {
+        cp_async_16(smem_address(stage + S::kWeightOffset + i * 16),
+                    weights + (s * p.num_kv_heads + head) * S::D + chunk * 4, true);
+      }
+    }
   }
 
  private:
-  __device__ void look_up(const AttentionParams& p) {
-    const int slice = threadIdx.x / 32 * S::kSliceTokens, token = slice + threadIdx.x % S::kSliceTokens;
-    const int start = at.start(), end = min(at.unit_blocks<S>(left) * kBlockTokens, at.length - start);
-    inside = token < end && start + token >= at.first;
-    const int paged = p.in_slices ? slice : token;
-    const unsigned position = start + paged, page_size = p.cache.page_size;
-    const unsigned entry = p.page_shift >= 0 ? position >> p.page_shift : position / page_size;
-    offset_in_page = position - entry * page_size;
-    page = -1;
-    if (paged < end && position < unsigned(at.length))
-      page = p.block_table[at.seq * p.block_table_stride + entry];
-  }
-
-  __device__ __forceinline__ void issue(const AttentionParams& p, char* stage, uint8_t* visible,
-                                        uint32_t mask) const {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (lane == 0) {
-      if constexpr (S::kSliceTokens == 32) reinterpret_cast<uint32_t*>(visible)[warp] = mask;
-      if constexpr (S::kSliceTokens == 16) reinterpret_cast<uint16_t*>(visible)[warp] = mask;
-      if constexpr (S::kSliceTokens == 8) visible[warp] = mask;
-    }
-    if (new_item) copy_item(p, stage);
-    char* const values = stage + S::kSources * S::kPlaneBytes;
-    if (p.in_slices) {
-      copy_slice(p.k_sources, p.num_k_sources, p.k_strides, mask, stage);
-      copy_slice(p.v_sources, p.num_v_sources, p.v_strides, mask, values);
-    } else {
-      copy_rows(p.k_sources, p.num_k_sources, mask, stage);
-      copy_rows(p.v_sources, p.num_v_sources, mask, values);
-    }
-  }
-
   static constexpr int kRowsAtOnce = 32 / S::kRowChunks, kCopies = S::kSliceTokens / kRowsAtOnce;
 
   // Shared address of this lane's chunk of its i-th row; `own` is that of its first. Offsets in a row are
@@ -233,8 +272,8 @@ struct UnitLoader {
   static __device__ __forceinline__ uint32_t destination(uint32_t own, int i) {
     return (own ^ row_swizzle<S::kPieceChunks>(i * kRowsAtOnce) * 16) + i * kRowsAtOnce * S::kPieceBytes;
   }
-  static __device__ __forceinline__ uint32_t first_destination(const char* planes) {
-    const int row = threadIdx.x / 32 * S::kSliceTokens + threadIdx.x % 32 / S::kRowChunks;
+  static __device__ __forceinline__ uint32_t first_destination(const char* planes, int slice) {
+    const int row = slice * S::kSliceTokens + threadIdx.x % 32 / S::kRowChunks;
     const int chunk = threadIdx.x % S::kRowChunks;
     return smem_address(planes + chunk / S::kPieceChunks * S::kTileBytes +
                         swizzled<S::kPieceChunks>(row, chunk % S::kPieceChunks));
@@ -245,13 +284,14 @@ struct UnitLoader {
   }
 
   // The rows of a slice that lies in one page are at equal distances.
-  __device__ __forceinline__ void copy_slice(const PagedCache (&sources)[2], int count,
-                                             const ByteStrides& strides, uint32_t mask, char* planes) const {
+  static __device__ __forceinline__ void copy_slice(const PagedCache (&sources)[2], int count,
+                                                    const ByteStrides& strides, int head, int page,
+                                                    int offset, uint32_t mask, uint32_t to) {
     const unsigned row = threadIdx.x % 32 / S::kRowChunks, chunk = threadIdx.x % S::kRowChunks;
     const auto product = [](unsigned a, unsigned b) { return uint64_t{a} * b; };  // one instruction
-    const uint64_t from = product(mask ? page : 0, strides.page) + product(at.head, strides.head) +
-                          product(offset_in_page + row, strides.token) + chunk * 16;
-    const uint32_t to = first_destination(planes), valid = mask >> row;
+    const uint64_t from = product(mask ? page : 0, strides.page) + product(head, strides.head) +
+                          product(offset + row, strides.token) + chunk * 16;
+    const uint32_t valid = mask >> row;
 #pragma unroll
     for (int s = 0; s < S::kSources; ++s) {
       if (s > 0 && count == 1) break;
@@ -264,17 +304,17 @@ struct UnitLoader {
     }
   }
 
-  __device__ __forceinline__ void copy_rows(const PagedCache (&sources)[2], int count, uint32_t mask,
-                                            char* planes) const {
+  // `page` and `offset`: of the lane's token.
+  static __device__ __forceinline__ void copy_rows(const PagedCache (&sources)[2], int count, int head,
+                                                   int page, int offset, uint32_t mask, uint32_t to) {
     const int lane = threadIdx.x % 32;
     const PagedCache& layout = sources[0];  // sources of one side share their strides
     const bool visible = mask >> lane % S::kSliceTokens & 1;
-    const int64_t own = visible ? page * layout.page_stride + offset_in_page * layout.token_stride : 0;
-    const uint32_t to = first_destination(planes);
+    const int64_t own = visible ? page * layout.page_stride + offset * layout.token_stride : 0;
 #pragma unroll 1
     for (int i = 0; i < kCopies; ++i) {
       const int row = i * kRowsAtOnce + lane / S::kRowChunks;
-      const int64_t from = __shfl_sync(~0u, own, row) + at.head * layout.head_stride +
+      const int64_t from = __shfl_sync(~0u, own, row) + head * layout.head_stride +
                            threadIdx.x % S::kRowChunks * (16 / sizeof(C));
 #pragma unroll 1
       for (int s = 0; s < count; ++s) {
@@ -283,37 +323,133 @@ struct UnitLoader {
       }
     }
   }
+};
 
-  // Query rows in the order token * G + head, and weights.
-  __device__ __forceinline__ void copy_item(const AttentionParams& p, char* stage) const {
-    const int group = p.group, rows = group * p.num_query_tokens;
-    const int head = at.head, first_row = at.row_block * S::kRows;
-    constexpr int kChunks = S::D / 8;
+// Loads the slices of some warps, of each unit. An ordinary load returns after the asynchronous copies that
+// were issued before it, however near its data is; so the pages of the units to come (and the next sequence)
+// are asked for many units at a time, those of a window, before the copies of the window before, and queries
+// and weights are copied with their unit.
+template <class S>
+struct UnitLoader {
+  static constexpr int kSlices = S::kWarps / S::kLoaderWarps;
+  static constexpr int kPages = kSlices * S::kSliceTokens <= 32 ? 1 : kSlices * S::kSliceTokens / 32;
+
+  // Successive units of an item.
+  struct Window {
+    int steps = 0;  // slices to load, kSlices of each unit
+    int seq, head, row_block;
+    bool new_item;   // the first unit is the first of its item, or of the worker
+    bool ends_item;  // the last unit is the last of its item
+    // Tokens that may be seen, if their pages are in the cache; counted from the first token of the window.
+    int first, end;
+    // Of the first token of step `lane` where slices lie in one page each; else of tokens lane, lane + 32,
+    // and so on of the window, which then is one unit.
+    int page[kPages], offset_in_page[kPages];
+  };
+  BlockCursor at;  // the end of the last window
+  bool new_item = true;
+  const int first_slice = (int(threadIdx.x) / 32 - S::kFirstLoader) * kSlices;
+
+  __device__ explicit UnitLoader(const BlockCursor& start) : at(start) {}
+
+  __device__ __forceinline__ void load_all(const AttentionParams& p, char* ring, RingControl<S>& control) {
+    RingPlace place;
+    Window window;
+    uint32_t met = 0, parities = 0;  // bits: of the stages in which an item ended, and of their barriers
+    do {                             // the first time only looks up
+      const Window now = window;
+      window.steps = 0;
+      if (at.remaining > 0) look_up(p, window);
 #pragma unroll 1
-    for (int i = threadIdx.x; i < S::kRows * kChunks; i += S::kThreads) {
-      const int local = i / kChunks, chunk = i % kChunks, row = first_row + local;
-      const bool valid = row < rows;
-      int64_t from = at.seq * p.q_batch_stride + (head * group + row) * p.q_head_stride + chunk * 8;
-      if (p.num_query_tokens > 1) from += row / group * (p.q_token_stride - group * p.q_head_stride);
-      cp_async_16(smem_address(stage + S::kQueryOffset + swizzled<kChunks>(local, chunk)),
-                  static_cast<const typename S::T*>(p.q) + (valid ? from : 0), valid);
-    }
-    constexpr int kSide = S::kSources * S::D / 4;  // 16-byte chunks of the weights of one side
-#pragma unroll 1
-    for (int i = threadIdx.x; i < 2 * kSide; i += S::kThreads) {
-      const bool values = i >= kSide;
-      const int s = i % kSide / (S::D / 4), chunk = i % (S::D / 4);
-      const float* const weights = values ? p.value_weights : p.key_weights;
-      if (weights && s < (values ? p.num_v_sources : p.num_k_sources)) {
-        cp_async_16(smem_address(stage + S::kWeightOffset + i * 16),
-                    weights + (s * p.num_kv_heads + head) * S::D + chunk * 4, true);
+      for (int step = 0; step < now.steps; ++step) {
+        const uint32_t bit = 1u << place.stage;
+        if (met & bit) {
+          mbarrier_wait(smem_address(&control.met[place.stage]), (parities & bit) != 0);
+          met ^= bit, parities ^= bit;
+        }
+        load_slice(p, now, step, place, ring + place.stage * S::kStageBytes, control);
+        if ((step + 1) % kSlices > 0) continue;
+        if (now.ends_item && step + 1 == now.steps) met |= bit;
+        place.next(p.stages);
       }
+    } while (window.steps > 0);
+  }
+
+ private:
+  // Of the first token of a step, from the first one of the window.
+  __device__ __forceinline__ int step_token(int step) const {
+    return step / kSlices * S::kUnitTokens + (first_slice + step % kSlices) * S::kSliceTokens;
+  }
+
+  // The next window.
+  __device__ __forceinline__ void look_up(const AttentionParams& p, Window& window) {
+    const int lane = threadIdx.x % 32, start = at.start();
+    const int blocks = min(at.item_blocks(), (p.in_slices ? 32 / kSlices : 1) * S::kUnitBlocks);
+    window = {(blocks + S::kUnitBlocks - 1) / S::kUnitBlocks * kSlices,
+              at.seq,
+              at.head,
+              at.row_block,
+              new_item,
+              false,
+              at.first - start,
+              min(blocks * kBlockTokens, at.length - start)};
+#pragma unroll
+    for (int i = 0; i < kPages; ++i) {
+      const int token = p.in_slices ? step_token(lane) : step_token(0) + lane + 32 * i;
+      const unsigned position = start + token, page_size = p.cache.page_size;
+      const unsigned entry = p.page_shift >= 0 ? position >> p.page_shift : position / page_size;
+      window.offset_in_page[i] = position - entry * page_size;
+      window.page[i] = -1;
+      if (token < window.end && position < unsigned(at.length))
+        window.page[i] = p.block_table[at.seq * p.block_table_stride + entry];
     }
+    at.advance(p, blocks);
+    window.ends_item = new_item = at.block == 0;
+  }
+
+  __device__ __forceinline__ void load_slice(const AttentionParams& p, const Window& window, int step,
+                                             const RingPlace& place, char* stage,
+                                             RingControl<S>& control) const {
+    const int lane = threadIdx.x % 32, slice = first_slice + step % kSlices;
+    const int token = step_token(step) + lane % S::kSliceTokens;
+    const int from = p.in_slices ? step : step * S::kSliceTokens + lane % S::kSliceTokens;
+    const auto of_step = [&](const int (&values)[kPages]) {
+      int value = __shfl_sync(~0u, values[0], from % 32);
+#pragma unroll
+      for (int i = 1; i < kPages; ++i) {  // all are exchanged: one chosen before would lie in local memory
+        const int other = __shfl_sync(~0u, values[i], from % 32);
+        if (!p.in_slices && from / 32 == i) value = other;
+      }
+      return value;
+    };
+    const int page = of_step(window.page), offset = of_step(window.offset_in_page);
+    const bool inside = token >= window.first && token < window.end;
+    const uint32_t mask = __ballot_sync(~0u, inside && index_is_inside(page, p.cache.num_pages));
+
+    // Where an item begins, all teams have to have left: they have read the queries that were there, and none
+    // is past this item's, so that nobody misses a phase of `item`.
+    const bool starts_item = step == 0 && window.new_item;
+    const int team = slice / S::kTeamWarps;
+    for (int other = starts_item ? 0 : team; other < (starts_item ? S::kTeams : team + 1); ++other)
+      mbarrier_wait(smem_address(&control.empty[place.stage][other]), place.parity ^ 1);
+    __syncwarp();
+    const uint32_t full = smem_address(&control.full[place.stage][team]);
+    if (lane == 0) {
+      StageCopies<S>::write_visible(control.visible[place.stage], slice, mask);
+      mbarrier_arrive(full);
+    }
+    if (starts_item) {
+      StageCopies<S>::copy_item(p, window.seq, window.head, window.row_block, stage);
+      mbarrier_arrive_after_copies(smem_address(&control.item[place.stage]));
+    }
+    StageCopies<S>::copy_sources(p, window.head, page, offset, mask, stage, slice);
+    mbarrier_arrive_after_copies(full);
   }
 };
 
+// Leaves stages - 2 groups of copies in flight; the instruction takes constants only.
 __device__ __forceinline__ void wait_for_oldest(int stages) {
-  switch (stages) {  // leave stages - 2 groups in flight; the instruction takes constants only
+  switch (stages) {
     case 2:
       return cp_async_wait<0>();
     case 3:
@@ -327,20 +463,64 @@ __device__ __forceinline__ void wait_for_oldest(int stages) {
   }
 }
 
-// Meets the other warps of this warp's team.
+// Loads a warp's own slice of each unit. The pages of the next unit (and the next sequence) are asked for
+// before the copies of this one, not in windows, because a warp that also computes would fetch more
+// instructions for those.
 template <class S>
-__device__ __forceinline__ void team_barrier() {
-  if constexpr (S::kTeamWarps == 1) {
-    __syncwarp();
-  } else {
-    const int team = threadIdx.x / 32 / S::kTeamWarps;
-    static_assert(S::kTeams == 2 || S::kTeams == 4);
-    constexpr int kThreads = 32 * S::kTeamWarps;
-    if (team == 0) named_barrier_wait<1, kThreads>();
-    if (team == 1) named_barrier_wait<2, kThreads>();
-    if (S::kTeams > 2 && team == 2) named_barrier_wait<3, kThreads>();
-    if (S::kTeams > 2 && team == 3) named_barrier_wait<4, kThreads>();
+struct OwnLoader {
+  BlockCursor at;
+  bool new_item = true;      // the unit is the first of its item, or of the worker
+  bool inside;               // the lane's token may be seen, if its page is in the cache
+  int page, offset_in_page;  // of the slice's first token where it lies in one page, else of the lane's token
+  int stage = 0;             // where the unit goes
+
+  __device__ OwnLoader(const AttentionParams& p, const BlockCursor& start) : at(start) { look_up(p); }
+
+  // Issues the copies of the next unit, if there is one, as a group. Called in one place of the kernel,
+  // because instructions are fetched from memory too: a copy of this code costs a short kernel a microsecond.
+  __device__ __forceinline__ void load_unit(const AttentionParams& p, char* ring, RingControl<S>& control) {
+    if (at.remaining > 0) {
+      const OwnLoader unit = *this;
+      const uint32_t mask = __ballot_sync(~0u, inside && index_is_inside(page, p.cache.num_pages));
+      const int slice = threadIdx.x / 32;
+      at.advance(p, min(at.item_blocks(), S::kUnitBlocks));
+      new_item = at.block == 0;
+      if (at.remaining > 0) look_up(p);
+      char* const to = ring + stage * S::kStageBytes;
+      if (threadIdx.x % 32 == 0) StageCopies<S>::write_visible(control.visible[stage], slice, mask);
+      if (unit.new_item) StageCopies<S>::copy_item(p, unit.at.seq, unit.at.head, unit.at.row_block, to);
+      StageCopies<S>::copy_sources(p, unit.at.head, unit.page, unit.offset_in_page, mask, to, slice);
+      stage = stage + 1 == p.stages ? 0 : stage + 1;
+      if ((new_item || at.remaining == 0) && threadIdx.x % 32 == 0) control.place[stage][slice] = at;
+    }
+    cp_async_commit();  // empty groups keep the count of groups equal to the count of units
   }
+
+ private:
+  __device__ void look_up(const AttentionParams& p) {
+    const int slice = threadIdx.x / 32 * S::kSliceTokens, token = slice + threadIdx.x % S::kSliceTokens;
+    const int start = at.start(),
+              end = min(min(at.item_blocks(), S::kUnitBlocks) * kBlockTokens, at.length - start);
+    inside = token < end && start + token >= at.first;
+    const int paged = p.in_slices ? slice : token;
+    const unsigned position = start + paged, page_size = p.cache.page_size;
+    const unsigned entry = p.page_shift >= 0 ? position >> p.page_shift : position / page_size;
+    offset_in_page = position - entry * page_size;
+    page = -1;
+    if (paged < end && position < unsigned(at.length))
+      page = p.block_table[at.seq * p.block_table_stride + entry];
+  }
+};
+
+// Where other warps load.
+struct NoLoader {
+  __device__ NoLoader(const AttentionParams&, const BlockCursor&) {}
+};
+
+// Meets the warps that compute.
+template <class S>
+__device__ __forceinline__ void compute_barrier() {
+  named_barrier_wait<1, S::kThreads>();
 }
 
 }  // namespace fusedkv

@@ -59,10 +59,13 @@ struct WarpgroupState {
       for (int i = 0; i < S::D / 2; ++i) out[s][i] = 0.f;
     row_max[0] = row_max[1] = kNothing;
     row_sum[0] = row_sum[1] = 0.f;
-    if constexpr (S::kSharedQueries) fence_async_proxy();
+    if constexpr (S::kSharedQueries) {
+      fence_async_proxy();
+      compute_barrier<S>();
+    }
   }
 
-  __device__ __forceinline__ void add_unit(const AttentionParams& p, const BlockCursor& at, const char* stage,
+  __device__ __forceinline__ void add_unit(const AttentionParams& p, const BlockPlace& at, const char* stage,
                                            const uint8_t* visible) {
     const int token = threadIdx.x / 128 * kTokens;
     uint32_t seen[kTokens / 32], any = 0, all = ~0u;
@@ -161,8 +164,8 @@ struct WarpgroupState {
   }
 
   // With one query token, or far from the edges, all rows see the same tokens.
-  static __device__ __forceinline__ void mask_edges(const AttentionParams& p, const BlockCursor& at,
-                                                    int token, float (&scores)[kTokens / 2]) {
+  static __device__ __forceinline__ void mask_edges(const AttentionParams& p, const BlockPlace& at, int token,
+                                                    float (&scores)[kTokens / 2]) {
     const int start = at.start() + token;
     const bool at_end = start + kTokens > at.length - p.num_query_tokens + 1;
     const bool at_window = p.window > 0 && start < at.length - p.window;

@@ -102,7 +102,6 @@ template <class T, class E, int kTokens, bool kNormed>
 struct FewProduct {
   using Params = typename E::Params;
   using Shape = FewTokens<kTokens>;
-  using Place = RingPlace<Shape::kStages>;
   static constexpr int kItems = kFewRows / E::D;
   static constexpr int kReaders =
       kFewProductThreads / 32 + (kNormed ? kFewNormWarps : 0);  // warps, of a stage
@@ -174,9 +173,9 @@ struct FewProduct {
     cluster_wait();  // x goes to the others' memory
 #pragma unroll 1
     for (int i = 0; i < first; ++i) copy_x(i, i);
-    Place at;
+    RingPlace at;
 #pragma unroll 1
-    for (int i = first; i < num_tiles; ++i, at.next()) {
+    for (int i = first; i < num_tiles; ++i, at.next(Shape::kStages)) {
       mbarrier_wait(empty(at.stage), at.parity);  // by the readers in all CTAs that this one copies to
       copy_weight(at.stage, i);
       copy_x(at.stage, i);
@@ -204,9 +203,9 @@ struct FewProduct {
                  : uint4{};
     };
     uint4 next = load();
-    Place at;
+    RingPlace at;
 #pragma unroll 1
-    for (int i = 0; i < num_tiles; ++i, at.next()) {
+    for (int i = 0; i < num_tiles; ++i, at.next(Shape::kStages)) {
       const Vec8 weights = Vec8::unpack<T>(next);
       channel += kFewDepth;
       if (i + 1 < num_tiles) next = load();
@@ -239,9 +238,9 @@ struct FewProduct {
   __device__ __forceinline__ void multiply(float (&acc)[2][kTokens / 2]) const {
     const int num_tiles = split.num_tiles(rank);
     int last = 0;
-    Place at;
+    RingPlace at;
 #pragma unroll 1
-    for (int i = 0; i < num_tiles; ++i, at.next()) {
+    for (int i = 0; i < num_tiles; ++i, at.next(Shape::kStages)) {
       const uint32_t stage = ring + at.stage * Shape::kStageBytes;
       const uint64_t weight = wgmma_matrix(stage), x = wgmma_matrix(stage + Shape::kWeightBytes);
       mbarrier_wait(full(at.stage), at.parity);

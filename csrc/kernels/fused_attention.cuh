@@ -2,13 +2,13 @@
 //
 // scores = sum_s (a_s * q) K_s^T and out = sum_s b_s * (P V_s): the second source costs its bytes, and
 // neither K_i nor V_i is ever formed. docs/kernels.md has the picture; in short:
-//  - One CTA an SM walks a contiguous range of token blocks (schedule.cuh), a unit at a time. Each warp keeps
-//    loading its own slice of each unit, a few units ahead, with 16-byte cp.async, which serve any page size.
+//  - One CTA an SM walks a contiguous range of token blocks (schedule.cuh), a unit at a time. Each warp
+//    computes its slice of the unit. Slices are loaded a few units ahead, with 16-byte cp.async, which serve
+//    any page size, by the warp itself or, where it has much to compute, by warps that only load.
 //  - The query rows of one key/value head (G heads x Q tokens) fill the columns of the tensor-core tile: a
 //    warp has 8 or 16. More rows are shared out to a team of warps, each over the tokens of all of them, or
 //    to a warpgroup, where they are rows. A team keeps its own softmax state and meets nobody until its item
-//    ends: the main loop has one barrier per unit among the warps of a team, and none where a team is one
-//    warp.
+//    ends: it waits for its slices to be full, and says when they are empty.
 #pragma once
 
 #include <algorithm>
@@ -29,7 +29,7 @@ __device__ __forceinline__ void fetch_parameters(const AttentionParams& p) {
 }
 
 template <class S>
-__global__ void __launch_bounds__(S::kThreads, 1)
+__global__ void __launch_bounds__(S::kCtaThreads, 1)
     fused_attention_kernel(const __grid_constant__ AttentionParams p) {
 #ifndef __CUDA_ARCH_FEAT_SM90_ALL
   if constexpr (S::kWgmma) return;  // has_wgmma() sees that there is nothing here
@@ -40,93 +40,107 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   if constexpr (S::kWgmma) ring += -smem_address(shared) % S::kAlignment + S::kQueryBytes;
 
   fetch_parameters(p);
+  if constexpr (!S::kLoadsItself) {
+    control.ring.init(p.stages);
+    __syncthreads();
+  }
   wait_for_previous_kernels();
-  // The first loads of all that is needed to find the first block, together. The pages of a single sequence
-  // come into the L1 beside them, before it is known which ones are needed.
-  const SequenceInfo first_sequences = SequenceInfo::load_first(p);
-  const int batch_blocks = p.schedule[p.batch];
+  // The first loads, together. The pages of a single sequence come into the L1, before it is known which ones
+  // are needed.
+  const RangePlace range = p.places[S::kUnitSize * kMaxWorkers + blockIdx.y];
   constexpr int kLine = 128 / sizeof(int);
   int pages = 0;
   if (p.batch == 1 && threadIdx.x * kLine < p.max_pages) pages = p.block_table[threadIdx.x * kLine];
-  need_here(batch_blocks ^ first_sequences.begin ^ first_sequences.end ^ first_sequences.length ^ pages);
-  const int head_rows = p.num_kv_heads * p.row_blocks, stages = p.stages;
-  const WorkSplit split(max(0, min(batch_blocks, p.max_blocks)), head_rows, S::kUnitBlocks);
-  if (blockIdx.y >= split.ranges || split.blocks == 0) return;
-  const int begin = split.begin(blockIdx.y), end = split.begin(blockIdx.y + 1);
-  const bool in_step = gridDim.x > 1 || head_rows == 1;
-  const int head_row = in_step ? blockIdx.x : begin / split.blocks;
+  need_here(pages);
+  if (range.remaining <= 0) return;
+  BlockCursor from;
+  from.begin_at(p, range, range.head_row + blockIdx.x);
+  if constexpr (!S::kLoadsItself) {
+    if (threadIdx.x >= S::kThreads) {
+      if constexpr (S::kMovesRegisters) lower_registers<S::kLoaderRegisters>();
+      UnitLoader<S>(from).load_all(p, ring, control.ring);
+      return;
+    }
+    if constexpr (S::kMovesRegisters) raise_registers<S::kRegisters>();
+  }
 
-  BlockCursor at;
-  at.seek(p, head_row, in_step ? begin : begin - head_row * split.blocks, first_sequences);
-  UnitLoader<S> loader(p, at, end - begin);
-  if (threadIdx.x == 0) control.shared_item.parts = 0;
-
-  std::conditional_t<S::kWgmma, WarpgroupState<S>, AttentionState<S>> state;
-  if constexpr (S::kSharedQueries) state.queries = smem_address(ring) - S::kQueryBytes;
-  constexpr int kWhole = -1;
-  int partial = kWhole;  // which of the worker's partial results the item becomes
-  bool new_item = true;
-  int load_stage = 0, read_stage = 0, now = begin;
-  for (int step = stages > 1 ? 1 - stages : 0; now < end; ++step) {  // below 0 it only loads
-    const bool reads = step >= 0;
-    if (reads && new_item) {  // before the wait, because the divisions take half a microsecond
-      const int item_begin = max(0, now - at.block), item_end = item_begin + at.blocks;
-      // A worker has at most two partial results: of the item it begins in, and of the one it ends in.
-      partial = item_begin < begin ? 0 : item_end > end ? 1 : kWhole;
-      if (partial == 0 && item_end <= end && threadIdx.x == 0) {
-        const int first = split.range_of(item_begin);
-        control.shared_item = {at.seq,         at.head,
-                               at.row_block,   first * int(gridDim.x) + int(blockIdx.x),
-                               int(gridDim.x), int(blockIdx.y) - first + 1};
+  std::conditional_t<S::kLoadsItself, OwnLoader<S>, NoLoader> loader(p, from);
+  std::conditional_t<S::kLoadsItself, BlockPlace, BlockCursor> at = from;
+  if (threadIdx.x == 0) {
+    const int parts = max(0, min(range.parts, int(blockIdx.y) + 1));
+    control.shared_item = {at.seq,         at.head,
+                           at.row_block,   (int(blockIdx.y) + 1 - parts) * int(gridDim.x) + int(blockIdx.x),
+                           int(gridDim.x), parts};
+  }
+  int ahead = p.stages - 1;  // units that a warp loads for itself before it computes the first
+  const auto address = [](const auto& barrier) { return smem_address(&barrier); };
+  const int team = threadIdx.x / 32 / S::kTeamWarps;
+  uint32_t item_parities = 0;  // bits: of the stages
+  RingPlace place;
+  while (true) {
+    std::conditional_t<S::kWgmma, WarpgroupState<S>, AttentionState<S>> state;
+    if constexpr (S::kSharedQueries) state.queries = smem_address(ring) - S::kQueryBytes;
+    if constexpr (!S::kLoadsItself) {
+      mbarrier_wait(address(control.ring.item[place.stage]), item_parities >> place.stage & 1);
+      item_parities ^= 1u << place.stage;
+      state.start(p, control, ring + place.stage * S::kStageBytes);
+    }
+    int left = at.item_blocks();
+    // A worker has at most two partial results: of the item it begins in, and of the one it ends in.
+    constexpr int kWhole = -1;
+    const int partial = at.block > 0 ? 0 : left < at.blocks ? 1 : kWhole;
+    bool started = false;  // where the warp loads for itself
+    while (true) {
+      if constexpr (S::kLoadsItself) {
+        const bool reads = ahead == 0, waits_first = reads && p.stages > 1;
+        if (waits_first) wait_for_oldest(p.stages);
+        // All have loaded their share of the queries; or all lanes have left the stage of the unit before.
+        waits_first && !started ? compute_barrier<S>() : __syncwarp();
+        loader.load_unit(p, ring, control.ring);
+        if (!reads) {
+          --ahead;
+          continue;
+        }
+        if (p.stages == 1) {
+          cp_async_wait<0>();
+          started ? __syncwarp() : compute_barrier<S>();
+        }
+        if (!started) {
+          state.start(p, control, ring + place.stage * S::kStageBytes);
+          compute_barrier<S>();  // all have read them before somebody's next load overwrites them
+          started = true;
+        }
+      } else {
+        mbarrier_wait(address(control.ring.full[place.stage][team]), place.parity);
       }
-    }
-    if (stages == 1) {
-      __syncthreads();
-    } else if (reads) {
-      wait_for_oldest(stages);
       if constexpr (S::kWgmma) fence_async_proxy();
-      // A new item: all have loaded their share of the queries, and left the stage where the teams met.
-      new_item ? __syncthreads() : team_barrier<S>();
+      state.add_unit(p, at, ring + place.stage * S::kStageBytes, control.ring.visible[place.stage]);
+      if (left <= S::kUnitBlocks) break;
+      left -= S::kUnitBlocks, at.block += S::kUnitBlocks, at.remaining -= S::kUnitBlocks;
+      if constexpr (!S::kLoadsItself) control.ring.leave(place, team);
+      place.next(p.stages);
     }
-    // Into the stage of the unit before, which the team has left. This is the only place that loads, because
-    // instructions are fetched from memory too: a copy of this code costs a short kernel a microsecond.
-    if (loader.left > 0) {
-      loader.load_unit(p, ring + load_stage * S::kStageBytes, control.visible[load_stage]);
-      load_stage = load_stage + 1 == stages ? 0 : load_stage + 1;
-    }
-    cp_async_commit();  // empty groups keep the count of groups equal to the count of units
-    if (!reads) continue;
-    if (stages == 1) {
-      cp_async_wait<0>();
-      if constexpr (S::kWgmma) fence_async_proxy();
-      __syncthreads();
-    }
-    char* const stage = ring + read_stage * S::kStageBytes;
-    if (new_item) {
-      state.start(p, control, stage);
-      __syncthreads();  // all have read the queries before somebody's next load overwrites them
-      new_item = false;
-    }
-    state.add_unit(p, at, stage, control.visible[read_stage]);
-    read_stage = read_stage + 1 == stages ? 0 : read_stage + 1;
 
-    const int count = at.template unit_blocks<S>(end - now);
-    if (at.block + count == at.blocks || now + count == end) {
-      __syncthreads();  // all teams have left the stage
-      state.finish(control, stage);
-      __syncthreads();
-      const int slot = 2 * (blockIdx.y * gridDim.x + blockIdx.x) + partial;
-      const Parts teams = {reinterpret_cast<const float*>(stage), S::kTeams, S::kPartialFloats, 0, false};
-      combine<S>(control, teams, item_rows<S>(p, at.row_block),
-                 partial == kWhole ? nullptr : p.partials + slot * p.partial_words,
-                 item_output<S>(p, at.seq, at.head, at.row_block));
-      new_item = true;
+    compute_barrier<S>();  // all teams have left the stage
+    char* const stage = ring + place.stage * S::kStageBytes;
+    state.finish(control, stage);
+    compute_barrier<S>();
+    const int slot = 2 * (blockIdx.y * gridDim.x + blockIdx.x) + partial;
+    const Parts teams = {reinterpret_cast<const float*>(stage), S::kTeams, S::kPartialFloats, 0, false};
+    combine<S>(control, teams, item_rows<S>(p, at.row_block),
+               partial == kWhole ? nullptr : p.partials + slot * p.partial_words,
+               item_output<S>(p, at.seq, at.head, at.row_block));
+    compute_barrier<S>();  // now the stage is free
+    if constexpr (!S::kLoadsItself) control.ring.leave_meeting(place, team);
+    place.next(p.stages);
+    if constexpr (S::kLoadsItself) {
+      at = control.ring.place[place.stage][threadIdx.x / 32];
+    } else {
+      at.advance(p, left);
     }
-    now += count;
-    if (now < end) at.advance(p, count);
+    if (at.remaining == 0) break;
   }
   let_next_kernel_start();  // not earlier: its CTAs would lie on the SMs in the order in which ours end
-  __syncthreads();
   // Last, because others may still be at work on their parts.
   if (control.shared_item.parts > 0) merge_partials<S>(p, control);
 }
@@ -207,6 +221,8 @@ cudaError_t launch_attention(const FusedAttentionParams& params, cudaStream_t st
     const int group = params.num_q_heads / params.num_kv_heads, page_size = params.cache.page_size;
     const int row_blocks = num_row_blocks(params.num_q_heads, params.num_kv_heads, params.num_query_tokens);
     const int head_rows = params.num_kv_heads * row_blocks;
+    const dim3 grid = attention_grid(launch.multiprocessors, head_rows);
+    const int most_blocks = (grid.x > 1 ? INT32_MAX / head_rows : INT32_MAX) / int(grid.y);  // of a range
     const bool shifts = std::has_single_bit(static_cast<unsigned>(page_size));
     AttentionParams p{
         params,
@@ -214,15 +230,16 @@ cudaError_t launch_attention(const FusedAttentionParams& params, cudaStream_t st
         row_blocks,
         shifts ? std::countr_zero(static_cast<unsigned>(page_size)) : -1,
         static_cast<int>(std::min<int64_t>(int64_t(params.max_pages) * page_size, INT32_MAX)),
-        INT32_MAX / head_rows,
+        most_blocks + 1,
         launch.stages,
-        reinterpret_cast<float*>(params.schedule + counts_in_schedule(params.batch)),
+        reinterpret_cast<const RangePlace*>(params.schedule + counts_in_schedule(params.batch)),
+        reinterpret_cast<float*>(params.schedule + partials_in_schedule(params.batch)),
         words_of_partial(params.num_query_tokens, params.num_q_heads, params.num_kv_heads),
     };
     p.in_slices = page_size % S::kSliceTokens == 0 && byte_strides<C>(p.k_sources[0], p.k_strides) &&
                   byte_strides<C>(p.v_sources[0], p.v_strides);
-    const dim3 grid = attention_grid(launch.multiprocessors, head_rows);
-    return launch_overlapping(fused_attention_kernel<S>, grid, S::kThreads, launch.shared_bytes, stream, p);
+    return launch_overlapping(fused_attention_kernel<S>, grid, S::kCtaThreads, launch.shared_bytes, stream,
+                              p);
   });
 }
 

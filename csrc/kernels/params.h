@@ -166,17 +166,23 @@ struct SwigluParams {
 };
 
 // Words of a schedule of fused_attention, see schedule.cuh: B + 1 cumulative counts of 64-token blocks,
-// filled up to 16 bytes, then room for two partial results of each worker.
-constexpr int kMaxWorkers = 192;         // CTAs of the grid at most: no GPU has more multiprocessors
+// filled up to 16 bytes, a place for each worker and size of its units, then room for two partial results of
+// each worker.
+constexpr int kMaxWorkers = 192;  // CTAs of the grid at most: no GPU has more multiprocessors
+constexpr int kUnitSizes = 3;     // units of 1, 2 or 4 blocks
+constexpr int kWordsOfPlace = 8;
 constexpr int kMaxPartialRow = 128 + 4;  // words of a query row's partial result: channels, maximum, sum
 
 constexpr int64_t counts_in_schedule(int64_t batch) { return (batch + 4) / 4 * 4; }
+constexpr int64_t partials_in_schedule(int64_t batch) {
+  return counts_in_schedule(batch) + kUnitSizes * kMaxWorkers * kWordsOfPlace;
+}
 constexpr int words_of_partial(int num_query_tokens, int num_q_heads, int num_kv_heads) {
   const int64_t rows = (int64_t(num_q_heads / num_kv_heads) * num_query_tokens + 7) / 8 * 8;
   return int(rows < kBlockRows ? rows : kBlockRows) * kMaxPartialRow;
 }
 constexpr int64_t words_of_schedule(int64_t batch, int num_query_tokens, int num_q_heads, int num_kv_heads) {
-  return counts_in_schedule(batch) +
+  return partials_in_schedule(batch) +
          int64_t(2 * kMaxWorkers) * words_of_partial(num_query_tokens, num_q_heads, num_kv_heads);
 }
 

@@ -118,10 +118,10 @@ struct HopperProjection {
   __device__ __forceinline__ void copy(const CUtensorMap& x_map, const CUtensorMap& weight_map) const {
     constexpr int kBoxes = kWeightBoxes / kHopperCtas;
     const int first_box = blockIdx.x % kHopperCtas * kBoxes;
-    RingPlace<Tile::kStages> at;
+    RingPlace at;
     for (int number = 0; number < turns; ++number) {
       const HopperTurn turn(tiles, number);
-      for (int k = 0; k < k_tiles; ++k, at.next()) {
+      for (int k = 0; k < k_tiles; ++k, at.next(Tile::kStages)) {
         const uint32_t weight = ring + at.stage * Tile::kStageBytes, x = weight + Tile::kWeightBytes;
         const uint32_t barrier = full + at.stage * 8;
         mbarrier_wait(empty + at.stage * 8, at.parity ^ 1);
@@ -146,13 +146,13 @@ struct HopperProjection {
 
   __device__ __forceinline__ void multiply(int warpgroup) const {
     const int lead = min(kHopperLead, k_tiles);
-    RingPlace<Tile::kStages> at;
+    RingPlace at;
     for (int number = 0; number < turns; ++number) {
       const HopperTurn turn(tiles, number);
       if (kHopperLead > 0 && number == 0 && warpgroup == 1) named_barrier_wait<kLeadBarrier, 256>();
       float acc[Tile::kAccumulators];
       int last = 0;
-      for (int k = 0; k < k_tiles; ++k, at.next()) {
+      for (int k = 0; k < k_tiles; ++k, at.next(Tile::kStages)) {
         const uint32_t stage = ring + at.stage * Tile::kStageBytes;
         const uint64_t weight = wgmma_matrix(stage);
         const uint64_t x = wgmma_matrix(stage + Tile::kWeightBytes + warpgroup * (Tile::kXBytes / 2));

@@ -2,9 +2,9 @@
 //
 // The work is in blocks of 64 tokens of one sequence, read for one key/value head and up to 64 query rows (a
 // row block). Each worker takes an equal range of them, so that every CTA reads the same number of bytes
-// whatever the lengths are, and the device finds its share from B + 1 cumulative counts. The blocks of one
-// (sequence, head, row block) are an item; an item that crosses workers leaves partial results, which the
-// last of its workers merges.
+// whatever the lengths are. The blocks of one (sequence, head, row block) are an item; an item that crosses
+// workers leaves partial results, which the last of its workers merges. Where each range begins is computed
+// once for all layers, because its divisions take a kernel longer than a trip to the L2.
 //
 // Partial results need no counter and no fence: each of their words tells by itself whether it is there yet,
 // because until then it is kEmpty, and whoever merges them makes it that again for the next launch. So a
@@ -38,8 +38,8 @@ __host__ __device__ inline int num_row_blocks(int num_q_heads, int num_kv_heads,
 // Which blocks a worker takes. Positions count blocks: head_row * blocks + block in the batch, head_row being
 // head * row blocks + row block. Where the heads fit the grid they go in step: one worker a head row reads a
 // range of the batch at the same time, because the heads of a token are neighbours in memory, which DRAM
-// reads together faster. Else all positions are split evenly. All in 32 bits and with few divisions: they
-// take longer than a round trip to the L2. attention_schedule refuses batches of more.
+// reads together faster. Else all positions are split evenly. All in 32 bits: attention_schedule refuses
+// batches of more.
 //
 // The grid is (head rows in step or 1, ranges).
 inline dim3 attention_grid(int multiprocessors, int head_rows) {
@@ -49,15 +49,12 @@ inline dim3 attention_grid(int multiprocessors, int head_rows) {
 }
 
 struct WorkSplit {
-  int blocks;                // of the batch, for one head row
   int ranges, share, extra;  // the first `extra` ranges are one block longer than `share`
 
-  __device__ WorkSplit(int batch_blocks, int head_rows, int unit_blocks) {
-    blocks = batch_blocks;
-    const int length = gridDim.x == 1 ? blocks * head_rows : blocks;
-    // Never more than units: smaller shares would only make more partial results to merge.
-    ranges = max(1, min(int(gridDim.y), ceil_div(length, unit_blocks)));
-    share = unsigned(length) / unsigned(ranges), extra = length - share * ranges;
+  // Never more ranges than units: smaller shares would only make more partial results to merge.
+  __device__ WorkSplit(int length, int most_ranges, int unit_blocks) {
+    ranges = max(1, min(most_ranges, ceil_div(length, unit_blocks)));
+    share = length / ranges, extra = length - share * ranges;
   }
   __device__ int begin(int range) const { return range * share + min(range, extra); }
   __device__ int range_of(int position) const {
@@ -65,5 +62,15 @@ struct WorkSplit {
     return position < longer ? position / (share + 1) : extra + (position - longer) / share;
   }
 };
+
+// Where a range begins, as the schedule has it for each range and size of units.
+struct alignas(16) RangePlace {
+  int head_row;                    // 0 where the heads go in step
+  int seq, block, blocks, length;  // of the sequence: block in it, its blocks and its length
+  int remaining;                   // blocks of the range
+  int parts;  // how many partial results of the item it begins in it merges, its own among them, or 0
+  int unused;
+};
+static_assert(sizeof(RangePlace) == kWordsOfPlace * sizeof(int));
 
 }  // namespace fusedkv

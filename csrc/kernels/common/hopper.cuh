@@ -1,11 +1,12 @@
-// Hopper's own instructions, one wrapper each: mbarriers, bulk tensor copies (TMA), and the matrix product of
-// a warpgroup (wgmma). Only code under __CUDA_ARCH_FEAT_SM90_ALL may call them.
+// Hopper's own instructions, one wrapper each: more of mbarriers, bulk tensor copies (TMA), and the matrix
+// product of a warpgroup (wgmma). Only code under __CUDA_ARCH_FEAT_SM90_ALL may call them.
 #pragma once
 
 #include <cuda.h>
 
 #include <cstdint>
 
+#include "mbarrier.cuh"
 #include "mma.cuh"
 
 namespace fusedkv {
@@ -41,10 +42,6 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
 
 // --------------------------------------------------------------------------------------------- mbarriers
 
-__device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
 // Makes the inits of this thread visible to the cluster and to the copy engine.
 __device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -57,10 +54,6 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, int byt
                : "memory");
 }
 
-__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
 // Arrives at the barrier that has this address in the shared memory of CTA `rank` of the cluster.
 __device__ __forceinline__ void mbarrier_arrive_at(uint32_t barrier, uint32_t rank) {
   asm volatile(
@@ -69,28 +62,6 @@ __device__ __forceinline__ void mbarrier_arrive_at(uint32_t barrier, uint32_t ra
       "r"(rank)
       : "memory");
 }
-
-// Returns when the phase of this parity has ended; at once for parity 1 of a barrier that has seen none.
-__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
-  uint32_t ended;
-  do {
-    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                 : "=r"(ended)
-                 : "r"(barrier), "r"(parity)
-                 : "memory");
-  } while (!ended);
-}
-
-// A place in a ring of stages, and the parity of the phase that its barriers are in.
-template <int kStages>
-struct RingPlace {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ void next() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
-  }
-};
 
 // ------------------------------------------------------------------------------------------ bulk copies
 
