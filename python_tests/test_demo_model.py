@@ -1,16 +1,17 @@
 """The trained model that the package ships: what README and `demo` claim of it."""
 
 import ast
+import asyncio.timeouts
 import bisect
-import calendar
+import collections
+import colorsys
 import dataclasses
 import heapq
 import inspect
-import pydoc
-import random
 import sysconfig
 import textwrap
-import warnings
+import zoneinfo._zoneinfo
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,11 +19,12 @@ from tokenizers import Tokenizer
 
 from fusedkv_ext import CrossLayerPlan, FusedKVConfig, FusedKVForCausalLM, PagedKVCache, cli
 from fusedkv_ext.cache import FP8_SOURCES
+from fusedkv_ext.data import is_validation
 
 TOKENS = 512  # of each source text
-# The mean loss on these texts, which it was trained on, is 1.3 in float32. It is 8.4 untrained, 5.2 with the
-# sources of the fusion exchanged, 4.6 with the other RoPE pairs and 2.7 with theta 10^6.
-MAX_LOSS = 1.9
+# The mean loss on texts that it was trained on is 2.40 in float32 (Python 3.11.7). It is 8.32 untrained, 4.96
+# with the sources of the fusion exchanged, 4.74 with the other RoPE pairs and 3.04 with theta 10^6.
+MAX_LOSS = 2.7
 
 
 def load(device: str, dtype: torch.dtype) -> FusedKVForCausalLM:
@@ -80,8 +82,12 @@ def test_it_predicts_python(device):
 
 
 def test_sources_in_fp8_cost_next_to_no_loss(device):
-    """On texts that it was not trained on: by their paths, examples/train_demo.py validates on them."""
-    texts = beginnings(ast, calendar, pydoc, random, sysconfig, warnings)
+    """On texts that it was not trained on: by a hash of their paths it was validated on them."""
+    modules = (asyncio.timeouts, collections, colorsys, zoneinfo._zoneinfo)
+    library = Path(sysconfig.get_path("stdlib")).resolve()
+    names = [Path(inspect.getfile(m)).resolve().relative_to(library).as_posix() for m in modules]
+    assert all(is_validation(f"python/{name}", 0.01) for name in names)
+    texts = beginnings(*modules)
     model = load(device, torch.bfloat16 if device == "cuda" else torch.float32)
     loss = {mode: losses(model, texts, mode)[1] for mode in FP8_SOURCES}
     assert abs(loss["copy"] - loss["none"]) < 0.01 and abs(loss["only"] - loss["none"]) < 0.01
@@ -97,13 +103,17 @@ def demo(capsys, device, *args) -> str:
 
 
 def complete_statements(text: str) -> list[ast.stmt]:
-    """The statements of the longest start of the text, in whole lines, that is Python."""
+    """The statements of the longest start of the text, in whole lines, that is Python.
+
+    A docstring that the last token cuts is closed.
+    """
     lines = text.split("\n")
     for count in range(len(lines), 0, -1):
-        try:
-            return ast.parse("\n".join(lines[:count])).body
-        except SyntaxError:
-            continue
+        for end in ("", '\n"""'):
+            try:
+                return ast.parse("\n".join(lines[:count]) + end).body
+            except SyntaxError:
+                continue
     return []
 
 
