@@ -289,8 +289,8 @@ int main(int argc, char** argv) {
        {"shapes", "1x4096,1x32768,1x131072,8x8192,32x8192,128x4096", "batch x tokens, + for ragged batches"},
        {"sources", "1,2", "numbers of sources to time"},
        {"queries", "1", "numbers of query tokens a sequence to time"},
-       {"dtype", "bf16", "of the queries: bf16 or f16"},
-       {"cache-dtypes", "same,e4m3", "of the sources: same as the queries', e4m3"},
+       {"dtype", "bf16", "of the queries: bf16 or f16; it alone is verified, and large batches with f16"},
+       {"cache-dtypes", "same,e4m3", "of the sources: same as the queries', e4m3; verified and timed"},
        {"page-size", "64", "tokens a page"},
        {"window", "0", "sliding window in tokens, 0 for none"}});
   const auto heads = numbers(args, "heads", args.text("heads"));

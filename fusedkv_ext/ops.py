@@ -363,14 +363,15 @@ def attention_schedule(
 
     Args:
         seq_lens: int32 [B], tokens in the cache, the query tokens included.
-        max_seq_len: lengths are clamped to [0, max_seq_len]; the capacity of the block table in tokens.
+        max_seq_len: lengths are clamped to [0, max_seq_len]; the capacity of the block table in tokens. With
+            less than a length, the results of that sequence are undefined.
         num_query_tokens, num_query_heads, num_kv_heads, window: those of the attention.
 
     Returns:
         int32: B + 1 cumulative counts of 64-token blocks; on CUDA also where each CTA begins, and room for
         partial results (2 MB for up to 8 query rows G * Q a key/value head, 13 MB for 64 or more), which
-        `fused_attention` leaves as it found it. It serves attention with these lengths, heads and window
-        alone, and not two streams at once.
+        `fused_attention` leaves as it found it. It serves attention with these lengths, query tokens, heads
+        and window alone, on GPUs of this model, and not two streams at once.
 
     Raises:
         ValueError: a dtype, shape or number that does not fit.

@@ -134,7 +134,7 @@ struct BlockPlace {
 
 // A place that moves on.
 struct BlockCursor : BlockPlace {
-  SequenceInfo next;  // loaded long before it is needed: see UnitLoader
+  SequenceInfo next;  // asked for long before it is needed: see load_next
 
   __device__ void enter_sequence(const AttentionParams& p, const SequenceInfo& info) {
     blocks = max(1, info.end - info.begin);

@@ -222,7 +222,7 @@ cudaError_t launch_attention(const FusedAttentionParams& params, cudaStream_t st
     const int row_blocks = num_row_blocks(params.num_q_heads, params.num_kv_heads, params.num_query_tokens);
     const int head_rows = params.num_kv_heads * row_blocks;
     const dim3 grid = attention_grid(launch.multiprocessors, head_rows);
-    const int most_blocks = (grid.x > 1 ? INT32_MAX / head_rows : INT32_MAX) / int(grid.y);  // of a range
+    const int most_blocks = (grid.x > 1 ? INT32_MAX / head_rows : INT32_MAX - 1) / int(grid.y);  // of a range
     const bool shifts = std::has_single_bit(static_cast<unsigned>(page_size));
     AttentionParams p{
         params,
