@@ -95,7 +95,7 @@ def time_in_turns(contenders: Sequence[Sequence[Callable[[], object]]], repeats:
 
 
 def time_graph(launches: Sequence[Callable[[], object]], repeats: int = 20) -> Timing:
-    """The only contender of `time_in_turns`."""
+    """`time_in_turns` of one contender."""
     return time_in_turns([launches], repeats)[0]
 
 

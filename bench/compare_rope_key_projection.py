@@ -20,14 +20,7 @@ from typing import NamedTuple
 import compare_cache_write as cache_write
 import torch
 from attention_contenders import Heads, Mismatch
-from compare import (
-    cold_sets,
-    environment,
-    markdown_table,
-    parse_arguments,
-    time_in_turns,
-    write_json,
-)
+from compare import cold_sets, environment, markdown_table, parse_arguments, time_in_turns, write_json
 from compare_cache_write import EPS, Row, Shared, make_shared, parse_tokens
 from torch import Tensor
 
