@@ -84,6 +84,7 @@ RUNS = {
     "vanilla-seed1": Recipe("vanilla", seed=1),
     "fusedkv-seed1": Recipe("fusedkv", seed=1),
     "lite-seed1": Recipe("fusedkv_lite", seed=1),
+    "cla2-seed1": Recipe("cla", seed=1),
 }
 UPTRAINED = {  # seed 2: another order of the data. Vanilla, trained on as long, is what to compare with.
     "uptrain-vanilla": Recipe("vanilla", "lite", 2, uptrain=True),
