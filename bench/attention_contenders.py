@@ -138,7 +138,15 @@ def fusedkv(
         for _ in range(sets)
     ]
     launches = [
-        partial(ops.fused_attention, *buffer, *weights, pages.block_table, pages.seq_lens, schedule)
+        partial(  # early, as in a model: the schedule is there long before all but the first layer
+            ops.fused_attention,
+            *buffer,
+            *weights,
+            pages.block_table,
+            pages.seq_lens,
+            schedule,
+            early_schedule=True,
+        )
         for buffer in buffers
     ]
 

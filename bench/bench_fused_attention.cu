@@ -84,7 +84,8 @@ struct Layer {
     out = std::make_unique<Array<T>>(rows);
   }
 
-  FusedAttentionParams attention() const {
+  // early: as in a model, whose schedule is there long before all but the first layer.
+  FusedAttentionParams attention(bool early = true) const {
     const Shape& s = batch.shape;
     FusedAttentionParams p = {};
     p.dtype = dtype_of<T>(), p.cache_dtype = dtype_of<C>();
@@ -105,6 +106,7 @@ struct Layer {
     p.seq_lens = batch.seq_lens->data(), p.schedule = batch.schedule->data();
     p.scale = 1.0f / std::sqrt(static_cast<float>(s.d));
     p.window = s.window;
+    p.early_schedule = early;
     return p;
   }
 
@@ -185,7 +187,7 @@ bool verify_shape(const Shape& shape) {
   const auto schedule = batch.schedule->host();
   for (int run = 0; run < 2; ++run) {
     layer.out->poison();
-    CUDA_CHECK(run_fused_attention(layer.attention(), nullptr));
+    CUDA_CHECK(run_fused_attention(layer.attention(false), nullptr));
     CUDA_CHECK(run_fused_attention(layer.attention(), nullptr));
     CUDA_CHECK(cudaDeviceSynchronize());
     const auto got = layer.out->host();
@@ -205,6 +207,7 @@ bool verify() {
                              Shape{2, 2, d, sources, 1, 1, 0, false, {70, 3}},
                              Shape{7, 1, d, sources, 1, 16, 0, true, {3000, 40}},
                              Shape{16, 1, d, sources, 1, 64, 100, true, {64, 1000}},
+                             Shape{16, 1, d, sources, 3, 64, 0, true, {2000}},  // merged apart
                              Shape{8, 2, d, sources, 7, 100, 0, true, {9, 205}},
                              Shape{16, 1, d, sources, 5, 64, 40, true, {5, 150}},
                              // 15, 24, 32, 44 and 64 rows a head; more would be two row blocks, as above.

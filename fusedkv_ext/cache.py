@@ -567,6 +567,7 @@ class DecodeStep:
         """Attention of q [B, Hq, D] to cached keys and values; [B, Hq, D]."""
         if max(len(sources.keys), len(sources.values)) > 2:
             return self._attend_gathered(q, sources)
+        early = window in self._schedules
         out = ops.fused_attention(
             q[:, None],
             sources.keys,
@@ -578,6 +579,7 @@ class DecodeStep:
             self._schedule(window),
             q.shape[-1] ** -0.5,
             window,
+            early_schedule=early,
         )
         return out[:, 0]
 

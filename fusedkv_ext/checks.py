@@ -16,6 +16,7 @@ HALF = (torch.float16, torch.bfloat16)
 FLOATS = (*HALF, torch.float32, torch.float64)
 INDEX = (torch.int32, torch.int64)
 BLOCK_TOKENS = 64  # tokens of one work unit of fused_attention
+MOST_ITEM_COST = 2  # blocks that a sequence counts for besides its own in the split of the work
 BLOCK_ROWS = 64  # query rows (heads of a group x query tokens) that one work unit serves
 MAX_WORKERS = 192  # CTAs of fused_attention
 
@@ -350,13 +351,24 @@ def attention_schedule(
     c.expect(divides, "num_query_heads", f"a multiple of num_kv_heads {num_kv_heads}", num_query_heads)
     c.window(window)
     reads = head_rows(num_query_tokens, num_query_heads, num_kv_heads)
-    fits = seq_lens.shape[0] * (max_seq_len // BLOCK_TOKENS + 1) * reads < 2**31
-    blocks = f"fewer than 2^31 blocks of 64 tokens in the batch, each counted {reads} times"
+    fits = seq_lens.shape[0] * (max_seq_len // BLOCK_TOKENS + 1 + MOST_ITEM_COST) * reads < 2**31
+    blocks = f"fewer than 2^31 blocks of 64 tokens in the batch, and {MOST_ITEM_COST} more a sequence,"
+    blocks += f" each counted {reads} times"
     c.expect(fits, "max_seq_len", blocks, f"{seq_lens.shape[0]} sequences of {max_seq_len} tokens")
 
 
 def fused_attention(
-    q, k_sources, v_sources, key_weights, value_weights, block_table, seq_lens, schedule, scale, window=0
+    q,
+    k_sources,
+    v_sources,
+    key_weights,
+    value_weights,
+    block_table,
+    seq_lens,
+    schedule,
+    scale,
+    window=0,
+    early_schedule=False,
 ) -> None:
     c = Checker("fused_attention", q.device)
     c.tensor("q", q, FLOATS, (None, None, None, None))

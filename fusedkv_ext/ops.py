@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fusedkv_ext import library as library
+from fusedkv_ext.checks import expect
 
 _ops = torch.ops.fusedkv
 
@@ -392,6 +393,7 @@ def fused_attention(
     schedule: Tensor | None = None,
     scale: float | None = None,
     window: int = 0,
+    early_schedule: bool = False,
 ) -> Tensor:
     """Attention of a few query tokens a sequence over a paged cache, fusing keys and values on the fly.
 
@@ -413,6 +415,11 @@ def fused_attention(
         schedule: from `attention_schedule`; None builds it, at the cost of one more launch.
         scale: of the scores; None means 1 / sqrt(D).
         window: 0 for none.
+        early_schedule: a promise, of which nothing is checked: the kernel launched right before this op has
+            written none of schedule, seq_lens and block_table (another `fused_attention` counts as none), nor
+            did it let this one start before those that have were through, as only kernels with programmatic
+            dependent launch can. On Hopper they are then read while it still runs. Without a schedule it must
+            be False.
 
     Returns:
         [B, Q, Hq, D] of the dtype of q; a query token that sees nothing gets zeros.
@@ -421,6 +428,7 @@ def fused_attention(
         ValueError: a device, dtype, shape or stride that does not fit.
     """
     if schedule is None:
+        expect(not early_schedule, "fused_attention", "early_schedule", "False without a schedule", True)
         if k_sources and k_sources[0].dim() == q.dim() == 4 and block_table.dim() == 2:
             _, page_size, num_kv_heads, _ = k_sources[0].shape
             capacity = block_table.shape[1] * page_size
@@ -440,4 +448,5 @@ def fused_attention(
         schedule,
         scale,
         window,
+        early_schedule,
     )

@@ -1,5 +1,7 @@
 """attention_schedule against a count in plain Python."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -28,23 +30,53 @@ def counts_of(schedule, batch) -> list[int]:
     return counts
 
 
+def most_ranges(head_rows) -> tuple[int, bool]:
+    """Of the batch or, where the heads do not go in step, of all heads."""
+    workers = min(torch.cuda.get_device_properties("cuda").multi_processor_count, 192)
+    in_step = head_rows == 1 or workers // head_rows * head_rows * 10 >= workers * 9
+    return (workers // head_rows if in_step else workers), in_step
+
+
+def places_of(schedule, batch) -> list[list[list[int]]]:
+    """Those of ranges that take blocks, for units of 1, 2 and 4 blocks."""
+    after_counts = -(-(batch + 1) // 4) * 4
+    sizes = schedule[after_counts : after_counts + PLACES].view(3, -1, 8).tolist()
+    taken = [[place for place in places if place[5] > 0] for places in sizes]
+    assert all(places[: len(found)] == found for places, found in zip(sizes, taken, strict=True))
+    return taken
+
+
 def check_places(schedule, lengths, max_seq_len, num_q, hq, hkv, window) -> None:
-    """Ranges lie one after the other and cover all blocks, once or once a head, for each size of units."""
+    """Ranges lie one after the other and cover all blocks, once or once a head, for each size of units.
+
+    Short ones are equal. Long ones are where the beginning of a sequence counts for half a unit, but for the
+    unit to which they are rounded at both ends and what a beginning costs, which may lie in two of them.
+    """
     counts = plain_schedule(lengths, max_seq_len, num_q, hq, hkv, window)
-    after_counts = -(-len(counts) // 4) * 4
     head_rows = hkv * -(-hq // hkv * num_q // 64)
-    for places in schedule[after_counts : after_counts + PLACES].view(3, -1, 8).tolist():
-        ends, taken = [], [place for place in places if place[5] > 0]
-        assert places[: len(taken)] == taken
+    most, in_step = most_ranges(head_rows)
+    rows = 1 if in_step else head_rows
+    for unit, taken in zip((1, 2, 4), places_of(schedule, len(lengths)), strict=True):
+        cost = unit // 2
+        is_long = rows * counts[-1] // most >= unit + cost
+        ends = []
         for head_row, seq, block, blocks, length, remaining, parts, _ in taken:
             begin = ends[-1] if ends else 0
             assert head_row * counts[-1] + counts[seq] + block == begin
             assert blocks == counts[seq + 1] - counts[seq] > block
             assert length == min(max(int(lengths[seq]), 0), max_seq_len)
+            assert not is_long or block % unit == 0
             ends.append(begin + remaining)
             merges = block > 0 and begin - block + blocks <= ends[-1]
             assert parts == (1 + sum(end > begin - block for end in ends[:-1]) if merges else 0)
-        assert ends[-1] in (counts[-1], head_rows * counts[-1])
+        assert ends[-1] == rows * counts[-1]
+        assert len(taken) == (most if is_long else max(1, min(most, -(-ends[-1] // unit))))
+        starts = [row * counts[-1] + count for row in range(rows) for count in counts[:-1]]
+        weights = [
+            end - begin + (cost if is_long else 0) * sum(begin <= x < end for x in starts)
+            for begin, end in pairwise([0, *ends])
+        ]
+        assert max(weights) - min(weights) <= 1 + (3 * unit if is_long and unit > 1 else 0)
 
 
 @pytest.mark.parametrize("window", [0, 1, 70])
@@ -65,6 +97,19 @@ def test_schedule_of_many_sequences(device):
     assert counts_of(got, len(lengths)) == plain_schedule(lengths, *args)
     if device == "cuda":
         check_places(got, lengths, *args)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("ranges_a_sequence", [1, 2, 4])
+def test_what_can_be_split_evenly_is(ranges_a_sequence):
+    """The cost of a beginning moves no end of a range when all sequences have as many of them."""
+    most, _ = most_ranges(8)
+    if most % ranges_a_sequence:
+        pytest.skip(f"{most} ranges")
+    lengths = torch.full((most // ranges_a_sequence,), 8192, dtype=torch.int32)
+    schedule = ops.attention_schedule(lengths.cuda(), 8192, 1, 32, 8)
+    for places in places_of(schedule, len(lengths)):
+        assert {place[5] for place in places} == {128 // ranges_a_sequence}
 
 
 def test_too_many_blocks(device):

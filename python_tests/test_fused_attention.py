@@ -181,11 +181,15 @@ def test_nan_stays_in_its_sequence(device, dtypes, side):
 @over_dtypes(BF16, F16_E4M3, BF16_E4M3)
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("sources", [1, 2])
-def test_runs_are_bit_identical(device, dtypes, ragged, sources):
-    """On CUDA with many partial results to merge: of one long sequence, and of some in a ragged batch."""
+@pytest.mark.parametrize("num_q", [2, 3])
+def test_runs_are_bit_identical(device, dtypes, ragged, sources, num_q):
+    """On CUDA with many partial results to merge: of one long sequence, and of some in a ragged batch.
+
+    Those of 12 rows a kernel of its own merges.
+    """
     if device == "cuda":
         lengths = (6000, 1, 0, 130, 9000, 64) if ragged else (40000,)
-        shape = {"heads": (8, 2), "head_dim": 128, "page_size": 64, "num_q": 2}
+        shape = {"heads": (8, 2), "head_dim": 128, "page_size": 64, "num_q": num_q}
     else:
         lengths, shape = (300, 1) if ragged else (300,), {}
     case = make_case(device, dtypes, lengths, num_k=sources, num_v=sources, **shape)
@@ -252,9 +256,11 @@ def test_negative_and_too_long_lengths_are_clamped(device):
 @pytest.mark.cuda
 @over_dtypes(BF16, F16_E4M3, BF16_E4M3)
 @pytest.mark.parametrize("sources", [1, 2])
-def test_graph_replay_with_changing_lengths(dtypes, sources):
+@pytest.mark.parametrize("num_q", [1, 9])
+def test_graph_replay_with_changing_lengths(dtypes, sources, num_q):
     """One captured graph of schedule and attention serves other lengths and other pages."""
-    case = make_case("cuda", dtypes, (2000, 700, 3), head_dim=128, page_size=16, num_k=sources, num_v=sources)
+    shape = {"head_dim": 128, "page_size": 16, "num_q": num_q}
+    case = make_case("cuda", dtypes, (2000, 700, 3), num_k=sources, num_v=sources, **shape)
     run(case)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -268,9 +274,10 @@ def test_graph_replay_with_changing_lengths(dtypes, sources):
 
 
 @pytest.mark.cuda
-def test_schedule_is_left_as_it_was():
-    case = make_case("cuda", lengths=(9000, 10))
-    schedule = ops.attention_schedule(case.seq_lens, 10**6, 1, 8, 2)
+@pytest.mark.parametrize("num_q", [1, 16])
+def test_schedule_is_left_as_it_was(num_q):
+    case = make_case("cuda", lengths=(9000, 10), num_q=num_q)
+    schedule = ops.attention_schedule(case.seq_lens, 10**6, num_q, 8, 2)
     before = schedule.clone()
     ops.fused_attention(*case.args(), schedule=schedule)
     assert torch.equal(schedule, before)
@@ -348,11 +355,25 @@ def test_wrong_schedule_stays_inside(device):
         schedule[:4] = torch.tensor(counts, dtype=torch.int32)
         if device == "cuda":  # places of ranges follow, of 8 words
             places = schedule[4 : 4 + 3 * 192 * 8].view(-1, 8)
-            places.copy_(
-                torch.randint(-5, 70, places.shape, generator=torch.Generator().manual_seed(counts[1]))
-            )
+            generator = torch.Generator().manual_seed(counts[1])
+            wrong = torch.randint(-5, 70, places.shape, generator=generator)
+            extreme = torch.rand(places.shape, generator=generator) < 0.2
+            extreme[:, 5] = False  # blocks to take: so many would take as long
+            wrong[extreme] = torch.tensor([-(2**31), 2**31 - 1])[torch.randint(2, (int(extreme.sum()),))]
+            places.copy_(wrong)
         ops.fused_attention(*case.args(), schedule=schedule)
     assert torch.equal(run(case), right)
+
+
+def test_early_schedule(device):
+    """The same bits, launch after launch; what it promises of the kernel before is the caller's to keep."""
+    case = make_case(device, lengths=(300, 70, 5))
+    with pytest.raises(ValueError, match="early_schedule: expected False without a schedule, got True"):
+        ops.fused_attention(*case.args(), early_schedule=True)
+    schedule = ops.attention_schedule(case.seq_lens, case.block_table.shape[1] * 16, 1, 8, 2)
+    right = ops.fused_attention(*case.args(), schedule=schedule)
+    for _ in range(3):
+        assert torch.equal(ops.fused_attention(*case.args(), schedule=schedule, early_schedule=True), right)
 
 
 def test_window_beyond_any_length(device):

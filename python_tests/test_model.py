@@ -602,3 +602,21 @@ def test_a_row_of_nan_reaches_no_other_sequence():
                 pool[pages[pages >= 0].long()] = float("nan")
         outputs.append(model.decode(cache, rows, torch.tensor([1, 2])))
     assert outputs[1][0].isnan().all() and torch.equal(outputs[0][1], outputs[1][1])
+
+
+@torch.no_grad()
+def test_the_attention_that_makes_the_schedule_alone_waits_for_it(device, monkeypatch):
+    made, early = tiny.model("fusedkv", device=device), []
+    cache = made.new_cache(8, page_size=16, max_batch=1)
+    rows = cache.add([20])
+    made.prefill(cache, rows, [x.to(device) for x in tiny.prompts(5)])
+    fused_attention = ops.fused_attention
+
+    def spy(*args, early_schedule):
+        early.append(early_schedule)
+        return fused_attention(*args, early_schedule=early_schedule)
+
+    monkeypatch.setattr(ops, "fused_attention", spy)
+    for _ in range(2):
+        made.decode(cache, rows, torch.zeros(1, dtype=torch.int64, device=device))
+    assert early == 2 * [False, *[True] * (tiny.LAYERS - 1)]

@@ -46,7 +46,7 @@ int environment(const char* name, int otherwise) {
   const char* text = std::getenv(name);
   return text == nullptr ? otherwise : std::atoi(text);
 }
-const int kSeed = environment("EMULATOR_SEED", 1), kMultiprocessors = environment("EMULATOR_SMS", 6);
+const int kSeed = environment("EMULATOR_SEED", 1), kMultiprocessors = environment("EMULATOR_SMS", 8);
 constexpr double kSlowPace = 0.1;     // of every other warp
 constexpr double kLandingRate = 0.1;  // of what the copy engine has in flight, a turn of all warps
 

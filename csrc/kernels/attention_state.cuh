@@ -412,7 +412,42 @@ struct MergedRow {
     sum += weight * stats.y;
     x[0] += weight * y.x, x[1] += weight * y.y, x[2] += weight * y.z, x[3] += weight * y.w;
   }
+  template <int count>
+  __device__ __forceinline__ void add_all(const float2 (&stats)[count], const float4 (&y)[count]) {
+    float new_max = max;
+#pragma unroll
+    for (int i = 0; i < count; ++i) new_max = fmaxf(new_max, stats[i].x);
+    rescale(new_max);
+#pragma unroll
+    for (int i = 0; i < count; ++i) add(stats[i], y[i]);
+  }
 };
+
+// Makes a row of a published partial result empty again; `channel` of each thread: the first of its four.
+template <int D>
+__device__ __forceinline__ void clear_partial(float* row, int channel) {
+  const float empty = __uint_as_float(kEmpty);
+  *reinterpret_cast<float4*>(row + channel) = {empty, empty, empty, empty};
+  if (channel == 0) *reinterpret_cast<float2*>(row + D) = {empty, empty};
+}
+
+// Four channels of an output row.
+template <int D>
+__device__ __forceinline__ void store_output(const ItemOutput& output, int row, int channel,
+                                             const MergedRow& merged) {
+  const float inverse = inverse_or_zero(merged.sum);
+  float x[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x[i] = merged.x[i] * inverse;
+  const int item_row = output.first_row + row;
+  int64_t to = item_row * D + channel;
+  if (output.token_stride > 0) {
+    to = item_row / output.group * output.token_stride + item_row % output.group * D + channel;
+  }
+  *reinterpret_cast<uint2*>(output.rows + to) =
+      output.is_bf16 ? make_uint2(pack2<bf16>(x[0], x[1]), pack2<bf16>(x[2], x[3]))
+                     : make_uint2(pack2<f16>(x[0], x[1]), pack2<f16>(x[2], x[3]));
+}
 
 // Adds partial results. The result goes to `partial`, in the same form, or where that is null to the output.
 // All threads that compute call it. D / 4 threads share a row, and where there are threads for several times
@@ -463,20 +498,11 @@ __device__ __noinline__ void combine(AttentionControl<S>& control, const Parts p
       } while (missing && --patience > 0);
       if (parts.published) {
         __syncwarp(row_mask);  // all have read the statistics of the row
-        const float empty = __uint_as_float(kEmpty);
 #pragma unroll 1
-        for (int i = 0; i < kAtOnce && first + i * groups < parts.count; ++i) {
-          float* const part = const_cast<float*>(from) + part_offset(i);
-          *reinterpret_cast<float4*>(part + channel) = {empty, empty, empty, empty};
-          if (channel == 0) *reinterpret_cast<float2*>(part + S::D) = {empty, empty};
-        }
+        for (int i = 0; i < kAtOnce && first + i * groups < parts.count; ++i)
+          clear_partial<S::D>(const_cast<float*>(from) + part_offset(i), channel);
       }
-      float max = merged.max;
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) max = fmaxf(max, stats[i].x);
-      merged.rescale(max);
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) merged.add(stats[i], y[i]);
+      merged.add_all(stats, y);
     }
     if (groups > 1) {  // then there is but one turn of the outer loop
       control.stats[threadIdx.x] = {merged.max, merged.sum};
@@ -498,35 +524,24 @@ __device__ __noinline__ void combine(AttentionControl<S>& control, const Parts p
               float4{merged.x[0], merged.x[1], merged.x[2], merged.x[3]});
       if (channel == 0) publish(reinterpret_cast<float2*>(to + S::D), float2{merged.max, merged.sum});
     } else {
-      const float inverse = inverse_or_zero(merged.sum);
-#pragma unroll
-      for (float& value : merged.x) value *= inverse;
-      const int item_row = output.first_row + row;
-      int64_t to = item_row * S::D + channel;
-      if (output.token_stride > 0) {
-        to = item_row / output.group * output.token_stride + item_row % output.group * S::D + channel;
-      }
-      const auto& x = merged.x;
-      *reinterpret_cast<uint2*>(output.rows + to) =
-          output.is_bf16 ? make_uint2(pack2<bf16>(x[0], x[1]), pack2<bf16>(x[2], x[3]))
-                         : make_uint2(pack2<f16>(x[0], x[1]), pack2<f16>(x[2], x[3]));
+      store_output<S::D>(output, row, channel, merged);
     }
     row += kSlots;
   } while (row < rows);
 }
 
-template <class S>
+// Only items of kBlockRows rows are not the first of their head.
+template <int D>
 __device__ __forceinline__ ItemOutput item_output(const AttentionParams& p, int seq, int head,
                                                   int row_block) {
-  const int64_t stride = int64_t(p.num_q_heads) * S::D;
-  return {static_cast<uint16_t*>(p.out) + seq * p.num_query_tokens * stride + head * p.group * S::D,
+  const int64_t stride = int64_t(p.num_q_heads) * D;
+  return {static_cast<uint16_t*>(p.out) + seq * p.num_query_tokens * stride + head * p.group * D,
           p.num_query_tokens == 1 ? 0 : stride,  // with one token no row needs a division to be found
-          p.group, row_block * S::kRows, p.dtype == DType::kBF16};
+          p.group, row_block * kBlockRows, p.dtype == DType::kBF16};
 }
 
-template <class S>
 __device__ __forceinline__ int item_rows(const AttentionParams& p, int row_block) {
-  return min(S::kRows, p.group * p.num_query_tokens - row_block * S::kRows);
+  return min(kBlockRows, p.group * p.num_query_tokens - row_block * kBlockRows);
 }
 
 // Merges what the workers of an item have left, its own part among them.
@@ -536,8 +551,8 @@ __device__ __forceinline__ void merge_partials(const AttentionParams& p, Attenti
   // The first worker's part is of the item that it ends in, the others' are of the items they begin in.
   const Parts parts = {p.partials + 2 * item.first_worker * p.partial_words, item.parts,
                        2 * item.worker_step * p.partial_words, p.partial_words, true};
-  combine<S>(control, parts, item_rows<S>(p, item.row_block), nullptr,
-             item_output<S>(p, item.seq, item.head, item.row_block));
+  combine<S>(control, parts, item_rows(p, item.row_block), nullptr,
+             item_output<S::D>(p, item.seq, item.head, item.row_block));
 }
 
 }  // namespace fusedkv

@@ -30,9 +30,14 @@ struct AttentionParams : FusedAttentionParams {
   const RangePlace* places;
   float* partials;    // two for each worker: of the item it begins in, and of the one it ends in
   int partial_words;  // from one to the next
+  bool merges_apart;  // attention_merge_kernel merges them
   bool in_slices;     // the tokens of a warp's slice lie in one page, and the strides are these
   ByteStrides k_strides, v_strides;
 };
+
+// Floats of a query row's partial result: D weighted sums, the maximum and the sum of exponentials. The four
+// after the channels also make lanes that finish a tile fall into different banks.
+__host__ __device__ constexpr int partial_row(int head_dim) { return head_dim + 4; }
 
 // A unit is what a CTA loads at a time: one slice of tokens for each warp that computes. Such a warp computes
 // the attention of 8 * row_tiles query rows; team_warps warps with rows of their own share the slices of all
@@ -55,11 +60,11 @@ struct AttentionShape {
       kFullSlice > 32 ? 32 : (kFullSlice * kTeamWarps < 16 ? 16 / kTeamWarps : kFullSlice);
   static constexpr int kWarps = kSliceTokens * kTokenBytes <= 8192 ? 8 : 4;
   static constexpr int kThreads = 32 * kWarps;  // that compute, the first of the CTA
-  // Where a warp computes little it loads its slices itself: with one tile of query rows, and sources in 16
-  // bits or two of D = 64. Elsewhere other warps load for it, which takes longer at the start and then less:
-  // docs/kernels.md has the times.
+  // Where a warp computes little it loads its slices itself: with one tile of query rows, and one source in
+  // 16 bits or two of D = 64. Elsewhere other warps load for it, which takes longer at the start and then
+  // less: docs/kernels.md has the times.
   static constexpr bool kLoadsItself =
-      row_tiles == 1 && team_warps == 1 && (sizeof(Cache) == 2 || (max_sources == 2 && head_dim == 64));
+      row_tiles == 1 && team_warps == 1 && (max_sources == 1 ? sizeof(Cache) == 2 : head_dim == 64);
   static constexpr int kLoaderWarps = kLoadsItself ? 0 : 4;
   static constexpr int kLoadingThreads = kLoadsItself ? kThreads : 32 * kLoaderWarps;
   static constexpr int kFirstLoader = kLoadsItself ? 0 : kWarps;
@@ -89,9 +94,8 @@ struct AttentionShape {
   static constexpr int kQueryBytes = kSharedQueries ? kSources * (D / 64) * kQueryTileBytes : 0;
   static constexpr int kStageBytes =
       (kWeightOffset + 2 * kSources * D * 4 + kAlignment - 1) / kAlignment * kAlignment;
-  // A partial result, of a team or of a worker: query rows of D weighted sums, the maximum and the sum. The
-  // four floats after the channels also make lanes that finish a tile fall into different banks.
-  static constexpr int kPartialRow = D + 4, kPartialFloats = kRows * kPartialRow;
+  // A partial result, of a team or of a worker, is as many rows as the item has.
+  static constexpr int kPartialRow = partial_row(D), kPartialFloats = kRows * kPartialRow;
   static_assert(kTeams * kPartialFloats * 4 <= kStageBytes, "a stage is where the teams meet");
   static_assert(!kWgmma || (team_warps == 4 && kWarps == 8 && kTeamTokens % 32 == 0 && sizeof(C) == 2));
 };
@@ -109,6 +113,8 @@ template <int chunks>
 __device__ __forceinline__ int swizzled(int row, int chunk) {
   return (row * chunks + (chunk ^ row_swizzle<chunks>(row))) * 16;
 }
+
+constexpr int kMostBlocks = INT32_MAX / kBlockTokens;  // of a sequence
 
 // What is known of a sequence: its blocks in the schedule, and its length.
 struct SequenceInfo {
@@ -137,7 +143,7 @@ struct BlockCursor : BlockPlace {
   SequenceInfo next;  // asked for long before it is needed: see load_next
 
   __device__ void enter_sequence(const AttentionParams& p, const SequenceInfo& info) {
-    blocks = max(1, info.end - info.begin);
+    blocks = max(1, min(info.end - info.begin, kMostBlocks));
     length = max(0, min(info.length, p.capacity));
     first = first_visible(length, p.num_query_tokens, p.window);
   }
@@ -360,6 +366,7 @@ struct UnitLoader {
       const Window now = window;
       window.steps = 0;
       if (at.remaining > 0) look_up(p, window);
+      wait_for_previous_kernels();  // returns at once but for the first time
 #pragma unroll 1
       for (int step = 0; step < now.steps; ++step) {
         const uint32_t bit = 1u << place.stage;

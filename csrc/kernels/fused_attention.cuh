@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <bit>
 
+#include "attention_merge.cuh"
 #include "attention_state.cuh"
 #include "attention_warpgroup.cuh"
 #include "common/device.h"
@@ -44,7 +45,7 @@ __global__ void __launch_bounds__(S::kCtaThreads, 1)
     control.ring.init(p.stages);
     __syncthreads();
   }
-  wait_for_previous_kernels();
+  if (!p.early_schedule) wait_for_previous_kernels();
   // The first loads, together. The pages of a single sequence come into the L1, before it is known which ones
   // are needed.
   const RangePlace range = p.places[S::kUnitSize * kMaxWorkers + blockIdx.y];
@@ -52,7 +53,7 @@ __global__ void __launch_bounds__(S::kCtaThreads, 1)
   int pages = 0;
   if (p.batch == 1 && threadIdx.x * kLine < p.max_pages) pages = p.block_table[threadIdx.x * kLine];
   need_here(pages);
-  if (range.remaining <= 0) return;
+  if (range.remaining <= 0) return wait_for_previous_kernels();  // else this launch might end before them
   BlockCursor from;
   from.begin_at(p, range, range.head_row + blockIdx.x);
   if constexpr (!S::kLoadsItself) {
@@ -72,6 +73,7 @@ __global__ void __launch_bounds__(S::kCtaThreads, 1)
                            at.row_block,   (int(blockIdx.y) + 1 - parts) * int(gridDim.x) + int(blockIdx.x),
                            int(gridDim.x), parts};
   }
+  wait_for_previous_kernels();
   int ahead = p.stages - 1;  // units that a warp loads for itself before it computes the first
   const auto address = [](const auto& barrier) { return smem_address(&barrier); };
   const int team = threadIdx.x / 32 / S::kTeamWarps;
@@ -127,9 +129,9 @@ __global__ void __launch_bounds__(S::kCtaThreads, 1)
     compute_barrier<S>();
     const int slot = 2 * (blockIdx.y * gridDim.x + blockIdx.x) + partial;
     const Parts teams = {reinterpret_cast<const float*>(stage), S::kTeams, S::kPartialFloats, 0, false};
-    combine<S>(control, teams, item_rows<S>(p, at.row_block),
+    combine<S>(control, teams, item_rows(p, at.row_block),
                partial == kWhole ? nullptr : p.partials + slot * p.partial_words,
-               item_output<S>(p, at.seq, at.head, at.row_block));
+               item_output<S::D>(p, at.seq, at.head, at.row_block));
     compute_barrier<S>();  // now the stage is free
     if constexpr (!S::kLoadsItself) control.ring.leave_meeting(place, team);
     place.next(p.stages);
@@ -142,12 +144,16 @@ __global__ void __launch_bounds__(S::kCtaThreads, 1)
   }
   let_next_kernel_start();  // not earlier: its CTAs would lie on the SMs in the order in which ours end
   // Last, because others may still be at work on their parts.
-  if (control.shared_item.parts > 0) merge_partials<S>(p, control);
+  if (control.shared_item.parts > 0 && !p.merges_apart) merge_partials<S>(p, control);
 }
 
 // More rows go to wgmma where there is one: a team of warps with mma.sync reads its tokens once a warp. For
 // fewer of them mma.sync is faster, because its warps wait for nobody.
 constexpr int kMostRowsWithoutWgmma = 32;
+
+// A kernel of its own merges where there are more query rows than these, and for each item at least so many
+// workers: a launch more takes as long as a CTA takes to merge few rows, or few parts.
+constexpr int kMostRowsMergedWithin = 8, kWorkersToMergeApart = 8;
 
 struct AttentionLaunch {
   int stages, multiprocessors;
@@ -222,7 +228,9 @@ cudaError_t launch_attention(const FusedAttentionParams& params, cudaStream_t st
     const int row_blocks = num_row_blocks(params.num_q_heads, params.num_kv_heads, params.num_query_tokens);
     const int head_rows = params.num_kv_heads * row_blocks;
     const dim3 grid = attention_grid(launch.multiprocessors, head_rows);
-    const int most_blocks = (grid.x > 1 ? INT32_MAX / head_rows : INT32_MAX - 1) / int(grid.y);  // of a range
+    // Of a range: a share, and what rounding and the cost of items add.
+    const int most_blocks =
+        std::min<int64_t>(INT32_MAX / (grid.x > 1 ? head_rows : 1) / int(grid.y) + 8ll, INT32_MAX);
     const bool shifts = std::has_single_bit(static_cast<unsigned>(page_size));
     AttentionParams p{
         params,
@@ -230,7 +238,7 @@ cudaError_t launch_attention(const FusedAttentionParams& params, cudaStream_t st
         row_blocks,
         shifts ? std::countr_zero(static_cast<unsigned>(page_size)) : -1,
         static_cast<int>(std::min<int64_t>(int64_t(params.max_pages) * page_size, INT32_MAX)),
-        most_blocks + 1,
+        most_blocks,
         launch.stages,
         reinterpret_cast<const RangePlace*>(params.schedule + counts_in_schedule(params.batch)),
         reinterpret_cast<float*>(params.schedule + partials_in_schedule(params.batch)),
@@ -238,8 +246,15 @@ cudaError_t launch_attention(const FusedAttentionParams& params, cudaStream_t st
     };
     p.in_slices = page_size % S::kSliceTokens == 0 && byte_strides<C>(p.k_sources[0], p.k_strides) &&
                   byte_strides<C>(p.v_sources[0], p.v_strides);
-    return launch_overlapping(fused_attention_kernel<S>, grid, S::kCtaThreads, launch.shared_bytes, stream,
-                              p);
+    const int rows = group * params.num_query_tokens;
+    const int64_t items = int64_t(params.batch) * head_rows;
+    p.merges_apart = rows > kMostRowsMergedWithin && items * kWorkersToMergeApart <= int(grid.x * grid.y);
+    const cudaError_t launched =
+        launch_overlapping(fused_attention_kernel<S>, grid, S::kCtaThreads, launch.shared_bytes, stream, p);
+    if (launched != cudaSuccess || !p.merges_apart) return launched;
+    return launch_overlapping(attention_merge_kernel<D>, dim3(std::min(rows, kBlockRows), items),
+                              kMergeThreads, 0, stream, p, p.places + S::kUnitSize * kMaxWorkers,
+                              static_cast<int>(grid.x), static_cast<int>(grid.y));
   });
 }
 

@@ -11,6 +11,7 @@ namespace fusedkv {
 
 constexpr int kMaxSources = 8;    // sources that fuse_kv mixes; fused_attention takes 1 or 2
 constexpr int kBlockTokens = 64;  // tokens of one work unit of fused_attention
+constexpr int kMostItemCost = 2;  // blocks that a sequence counts for besides its own: see schedule.cuh
 constexpr int kBlockRows = 64;    // query rows (heads of a group x query tokens) that one work unit serves
 
 enum class DType { kF16, kBF16, kE4M3 };
@@ -215,6 +216,9 @@ struct FusedAttentionParams {
   int* schedule;        // from run_attention_schedule; if it was right, it is after the launch as before
   float scale;
   int window;
+  // The kernel before this one has written none of block_table, seq_lens, and the counts and places that
+  // run_attention_schedule left: they are read while it still runs.
+  bool early_schedule;
 };
 
 }  // namespace fusedkv

@@ -1,10 +1,12 @@
 // How fused_attention splits its work.
 //
 // The work is in blocks of 64 tokens of one sequence, read for one key/value head and up to 64 query rows (a
-// row block). Each worker takes an equal range of them, so that every CTA reads the same number of bytes
-// whatever the lengths are. The blocks of one (sequence, head, row block) are an item; an item that crosses
-// workers leaves partial results, which the last of its workers merges. Where each range begins is computed
-// once for all layers, because its divisions take a kernel longer than a trip to the L2.
+// row block). The blocks of one (sequence, head, row block) are an item; to begin and to end one takes about
+// as long as half a unit of its blocks does, whatever its length. Each worker takes an equal range of both,
+// to the nearest unit of an item, so that all CTAs end together whatever the lengths are. An item that
+// crosses workers leaves partial results, which the last of its workers merges, or attention_merge_kernel.
+// Where each range begins is computed once for all layers, because its divisions take a kernel longer than a
+// trip to the L2.
 //
 // Partial results need no counter and no fence: each of their words tells by itself whether it is there yet,
 // because until then it is kEmpty, and whoever merges them makes it that again for the next launch. So a
@@ -35,11 +37,11 @@ __host__ __device__ inline int num_row_blocks(int num_q_heads, int num_kv_heads,
   return ceil_div(num_q_heads / num_kv_heads * num_query_tokens, kBlockRows);
 }
 
-// Which blocks a worker takes. Positions count blocks: head_row * blocks + block in the batch, head_row being
-// head * row blocks + row block. Where the heads fit the grid they go in step: one worker a head row reads a
-// range of the batch at the same time, because the heads of a token are neighbours in memory, which DRAM
-// reads together faster. Else all positions are split evenly. All in 32 bits: attention_schedule refuses
-// batches of more.
+// Which blocks a worker takes. They are numbered head_row * blocks of the batch + block in the batch,
+// head_row being head * row blocks + row block. Positions count them too, and what each item costs before it.
+// Where the heads fit the grid they go in step: one worker a head row reads a range of the batch at the same
+// time, because the heads of a token are neighbours in memory, which DRAM reads together faster. Else all
+// positions are split evenly. All in 32 bits: attention_schedule refuses batches of more.
 //
 // The grid is (head rows in step or 1, ranges).
 inline dim3 attention_grid(int multiprocessors, int head_rows) {
@@ -48,20 +50,21 @@ inline dim3 attention_grid(int multiprocessors, int head_rows) {
   return in_step ? dim3(head_rows, workers / head_rows) : dim3(1, workers);
 }
 
+// How `blocks`, of all head rows that are split, are shared out.
 struct WorkSplit {
-  int ranges, share, extra;  // the first `extra` ranges are one block longer than `share`
+  int ranges;
+  int cost;  // what an item counts for besides its blocks, in blocks
+  int step;  // ranges begin at multiples of it in their item
 
-  // Never more ranges than units: smaller shares would only make more partial results to merge.
-  __device__ WorkSplit(int length, int most_ranges, int unit_blocks) {
-    ranges = max(1, min(most_ranges, ceil_div(length, unit_blocks)));
-    share = length / ranges, extra = length - share * ranges;
-  }
-  __device__ int begin(int range) const { return range * share + min(range, extra); }
-  __device__ int range_of(int position) const {
-    const int longer = extra * (share + 1);
-    return position < longer ? position / (share + 1) : extra + (position - longer) / share;
+  __device__ WorkSplit(int blocks, int most_ranges, int unit_blocks) {
+    ranges = most_ranges, cost = unit_blocks / 2, step = unit_blocks;
+    if (blocks / most_ranges >= unit_blocks + cost) return;
+    // Short ranges, rounded, might be empty. And never more ranges than units: smaller shares would only make
+    // more partial results to merge.
+    ranges = max(1, min(most_ranges, ceil_div(blocks, unit_blocks))), cost = 0, step = 1;
   }
 };
+static_assert(kMostItemCost == 4 / 2, "a unit has 4 blocks at most");
 
 // Where a range begins, as the schedule has it for each range and size of units.
 struct alignas(16) RangePlace {

@@ -20,10 +20,11 @@ at::Tensor attention_schedule(const at::Tensor& seq_lens, int64_t max_seq_len, i
   FUSEDKV_EXPECT(check.op, divides, "num_query_heads", c10::str("a multiple of num_kv_heads ", num_kv_heads),
                  num_query_heads);
   check.window(window);
-  const int64_t blocks = seq_lens.size(0) * (max_seq_len / kBlockTokens + 1);
+  const int64_t blocks = seq_lens.size(0) * (max_seq_len / kBlockTokens + 1 + kMostItemCost);
   const int64_t reads = head_rows(num_query_tokens, num_query_heads, num_kv_heads);
   FUSEDKV_EXPECT(check.op, blocks <= kMaxInt / reads, "max_seq_len",
-                 c10::str("fewer than 2^31 blocks of 64 tokens in the batch, each counted ", reads, " times"),
+                 c10::str("fewer than 2^31 blocks of 64 tokens in the batch, and ", kMostItemCost,
+                          " more a sequence, each counted ", reads, " times"),
                  c10::str(seq_lens.size(0), " sequences of ", max_seq_len, " tokens"));
 
   const c10::cuda::CUDAGuard guard(seq_lens.device());

@@ -14,30 +14,51 @@ __device__ int clamped_length(const AttentionScheduleParams& p, int seq) {
   return static_cast<int>(max(int64_t(0), min(int64_t(p.seq_lens[seq]), p.max_seq_len)));
 }
 
-// The place of a range, from the cumulative counts; `blocks`: of the batch.
-__device__ RangePlace place_of(const AttentionScheduleParams& p, int blocks, int head_rows, bool in_step,
-                               int ranges, int range, int unit_blocks) {
-  const WorkSplit split(in_step ? blocks : blocks * head_rows, ranges, unit_blocks);
-  RangePlace place{};
-  if (range >= split.ranges || blocks == 0) return place;
-  const int begin = split.begin(range), end = split.begin(range + 1);
-  place.head_row = in_step ? 0 : begin / blocks;
-  const int at = begin - place.head_row * blocks;
-  int after = p.batch;  // the first sequence that begins after `at`
-  for (int low = 0; low + 1 < after;) {
-    const int middle = (low + after) / 2;
-    (p.schedule[middle] <= at ? low : after) = middle;
-    place.seq = low;
+// The last of counts 0 to `end` - 1 that is at most x; `count` gives them in ascending order.
+template <class F>
+__device__ int last_at_most(int x, int end, const F& count) {
+  int found = 0;
+  while (found + 1 < end) {
+    const int middle = (found + end) / 2;
+    (count(middle) <= x ? found : end) = middle;
   }
-  const int first = p.schedule[place.seq];
-  place.block = at - first;
-  place.blocks = p.schedule[place.seq + 1] - first;
-  place.length = clamped_length(p, place.seq);
-  place.remaining = end - begin;
-  if (place.block > 0 && begin - place.block + place.blocks <= end)
-    place.parts = range - split.range_of(begin - place.block) + 1;
-  return place;
+  return found;
 }
+
+// The work that is split: `blocks` of the batch for each of head_rows, or for one where they go in step.
+struct Work {
+  const int* counts;  // of blocks before each sequence
+  int batch, blocks, head_rows;
+
+  // The number of the first block of a range.
+  __device__ int begin_of(const WorkSplit& split, int range) const {
+    const int all = blocks + split.cost * batch;
+    const int position = static_cast<int>(int64_t(range) * all * head_rows / split.ranges);
+    const int head_row = position / all, at = position - head_row * all;
+    const int seq = last_at_most(at, batch, [&](int i) { return counts[i] + split.cost * i; });
+    const int block = at - counts[seq] - split.cost * (seq + 1);  // negative in what the item costs
+    const int rounded = max(0, block + split.step / 2) / split.step * split.step;
+    return head_row * blocks + min(counts[seq] + rounded, counts[seq + 1]);
+  }
+
+  // `begins`: the number of the first block of each range, and of the end.
+  __device__ RangePlace place_of(const AttentionScheduleParams& p, const int* begins, int range) const {
+    const int begin = begins[range], end = begins[range + 1];
+    RangePlace place{};
+    if (begin == end) return place;
+    place.head_row = begin / blocks;
+    const int at = begin - place.head_row * blocks;
+    place.seq = last_at_most(at, batch, [&](int i) { return counts[i]; });
+    place.block = at - counts[place.seq];
+    place.blocks = counts[place.seq + 1] - counts[place.seq];
+    place.length = clamped_length(p, place.seq);
+    place.remaining = end - begin;
+    const int item = begin - place.block;
+    if (place.block > 0 && item + place.blocks <= end)
+      place.parts = range + 1 - last_at_most(item, range + 1, [&](int i) { return begins[i]; });
+    return place;
+  }
+};
 
 __global__ void __launch_bounds__(kThreads)
     attention_schedule_kernel(const AttentionScheduleParams p, int head_rows, bool in_step, int ranges,
@@ -67,9 +88,18 @@ __global__ void __launch_bounds__(kThreads)
     before += total;
     __syncthreads();  // storage is used again, and the counts are read
   }
+  __shared__ int begins[kUnitSizes][kMaxWorkers + 1];
+  const Work work{p.schedule, p.batch, before, in_step ? 1 : head_rows};
+  for (int i = threadIdx.x; i < kUnitSizes * (kMaxWorkers + 1); i += kThreads) {
+    const int size = i / (kMaxWorkers + 1), range = i % (kMaxWorkers + 1);
+    const WorkSplit split(before * work.head_rows, ranges, 1 << size);
+    begins[size][range] =
+        range < split.ranges && before > 0 ? work.begin_of(split, range) : before * work.head_rows;
+  }
+  __syncthreads();
   auto* const places = reinterpret_cast<RangePlace*>(p.schedule + counts);
   for (int i = threadIdx.x; i < kUnitSizes * kMaxWorkers; i += kThreads)
-    places[i] = place_of(p, before, head_rows, in_step, ranges, i % kMaxWorkers, 1 << i / kMaxWorkers);
+    places[i] = work.place_of(p, begins[i / kMaxWorkers], i % kMaxWorkers);
 }
 
 }  // namespace
