@@ -418,8 +418,8 @@ def fused_attention(
         early_schedule: a promise, of which nothing is checked: the kernel launched right before this op has
             written none of schedule, seq_lens and block_table (another `fused_attention` counts as none), nor
             did it let this one start before those that have were through, as only kernels with programmatic
-            dependent launch can. On Hopper they are then read while it still runs. Without a schedule it must
-            be False.
+            dependent launch can. From Hopper on they are then read while it still runs. Without a schedule it
+            must be False.
 
     Returns:
         [B, Q, Hq, D] of the dtype of q; a query token that sees nothing gets zeros.

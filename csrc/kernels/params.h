@@ -217,7 +217,8 @@ struct FusedAttentionParams {
   float scale;
   int window;
   // The kernel before this one has written none of block_table, seq_lens, and the counts and places that
-  // run_attention_schedule left: they are read while it still runs.
+  // run_attention_schedule left, nor did it let this one start before those that have were through: they are
+  // read while it still runs.
   bool early_schedule;
 };
 

@@ -2,8 +2,8 @@
 //
 // The work is in blocks of 64 tokens of one sequence, read for one key/value head and up to 64 query rows (a
 // row block). The blocks of one (sequence, head, row block) are an item; to begin and to end one takes about
-// as long as half a unit of its blocks does, whatever its length. Each worker takes an equal range of both,
-// to the nearest unit of an item, so that all CTAs end together whatever the lengths are. An item that
+// as long as half a unit of several blocks does, whatever its length. Each worker takes an equal range of
+// both, to the nearest unit of an item, so that all CTAs end together whatever the lengths are. An item that
 // crosses workers leaves partial results, which the last of its workers merges, or attention_merge_kernel.
 // Where each range begins is computed once for all layers, because its divisions take a kernel longer than a
 // trip to the L2.
