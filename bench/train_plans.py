@@ -80,6 +80,8 @@ RUNS = {
     "lite-learnable": Recipe("fusedkv_lite_learnable"),
     "fusedkv-standard": Recipe("fusedkv", "standard"),
     "fusedkv-equivalent": Recipe("fusedkv", "equivalent"),
+    "fusedkv-n4": Recipe("fusedkv:4"),  # keys and values in 4 of the 12 layers
+    "fusedkv-n8": Recipe("fusedkv:8"),
     "dense-fusion": Recipe("dense_fusion", "uniform"),  # a probe: it must not begin with an answer
     "vanilla-seed1": Recipe("vanilla", seed=1),
     "fusedkv-seed1": Recipe("fusedkv", seed=1),

@@ -346,11 +346,12 @@ def test_bad_schedule(device):
         ops.fused_attention(*case.args(), schedule=short)
 
 
-def test_wrong_schedule_stays_inside(device):
+@pytest.mark.parametrize("num_q", [1, 3])  # 3: a kernel of its own merges
+def test_wrong_schedule_stays_inside(device, num_q):
     """A schedule with any contents gives wrong results and no more."""
-    case = make_case(device, lengths=(300, 70, 5))
+    case = make_case(device, lengths=(300, 70, 5), num_q=num_q)
     right = run(case)
-    schedule = ops.attention_schedule(case.seq_lens, 10**4, 1, 8, 2)
+    schedule = ops.attention_schedule(case.seq_lens, 10**4, num_q, 8, 2)
     for counts in ([7, 7, 7, 7], [50, 60, 61, 62], [0, 9, 3, 12], [-4, -2, 5, 6]):
         schedule[:4] = torch.tensor(counts, dtype=torch.int32)
         if device == "cuda":  # places of ranges follow, of 8 words

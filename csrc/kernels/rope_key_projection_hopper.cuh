@@ -35,12 +35,13 @@ template <int kCols>
 struct HopperTile {
   static constexpr int kWeightBytes = kCols * kHopperDepth * 2;
   static constexpr int kXBytes = kHopperRows * kHopperDepth * 2;
-  static constexpr int kStageBytes = kWeightBytes + kXBytes;
   static constexpr int kRowBytes = kCols * 2, kProductBytes = kHopperRows * kRowBytes;
-  // Three for 256 columns. A fourth that the products borrow was slower: it filled the ring late.
-  static constexpr int kStages = (kHopperRingBytes - kProductBytes) / kStageBytes;
+  // Three of the weight for 256 columns; a fourth that the products lend was slower, because it filled late.
+  // What is left is for x, which comes from memory and not from the L2: four.
+  static constexpr int kStages = (kHopperRingBytes - kProductBytes) / (kWeightBytes + kXBytes);
+  static constexpr int kXStages = (kHopperRingBytes - kProductBytes - kStages * kWeightBytes) / kXBytes;
   static constexpr int kSmemBytes =
-      kProductBytes + kStages * kStageBytes + 1024;  // for the swizzle's alignment
+      kProductBytes + kStages * kWeightBytes + kXStages * kXBytes + 1024;  // for the swizzle's alignment
   static constexpr int kClusterRows = kHopperCtas * kHopperRows;
   static constexpr int kAccumulators = kCols / 2;  // a thread
 };
@@ -55,23 +56,18 @@ __device__ __forceinline__ constexpr int accumulator_of(int group, int row_half,
   return (channel / 2 * (kCols / 32) + group) * 4 + row_half * 2 + channel % 2;
 }
 
-// A cluster's tiles: eight rows of tiles go through all columns together, so that their part of x and the
-// weight's tiles stay in the L2. Tiles of values alone come last of all: nothing hides how long the last
-// tiles take to finish, and values take the least.
+// A cluster's tiles. Those of a row follow one another, so that x is read from memory once; where there are
+// many of them, eight rows go through all columns together, so that the weight's tiles stay in the L2.
 struct HopperTiles {
-  int row_tiles, col_tiles, value_tiles;  // of clusters; value_tiles: the last of the columns
+  int row_tiles, col_tiles;  // of clusters
 
   __device__ __forceinline__ int count() const { return row_tiles * col_tiles; }
   __device__ __forceinline__ void place(int tile, int& row_tile, int& col_tile) const {
-    constexpr int kGroup = 8;
-    const int others = col_tiles - value_tiles;
-    const bool is_value = tile >= row_tiles * others;
-    const int columns = is_value ? value_tiles : others;
-    if (is_value) tile -= row_tiles * others;
-    const int group = tile / (kGroup * columns), in_group = tile % (kGroup * columns);
-    const int group_rows = min(kGroup, row_tiles - group * kGroup);
-    row_tile = group * kGroup + in_group % group_rows;
-    col_tile = in_group / group_rows + (is_value ? others : 0);
+    const int rows = col_tiles > 12 ? 8 : 1;
+    const int group = tile / (rows * col_tiles), in_group = tile % (rows * col_tiles);
+    const int group_rows = min(rows, row_tiles - group * rows);
+    row_tile = group * rows + in_group % group_rows;
+    col_tile = in_group / group_rows;
   }
 };
 
@@ -104,35 +100,47 @@ struct HopperProjection {
 
   const RopeKeyProjectionParams& p;
   const HopperTiles tiles;
-  // Shared memory. Barriers, the first of: stages full and empty, products of each warpgroup ready; and one
-  // for the products' place, free.
-  const uint32_t products, full, empty, ready, free;
-  const uint32_t ring = products + Tile::kProductBytes;
+  // Shared memory. Barriers, the first of: stages full and empty, of the weight and of x, products of each
+  // warpgroup ready; and one for the products' place, free.
+  const uint32_t products, full, empty, x_full, x_empty, ready, free;
+  const uint32_t ring = products + Tile::kProductBytes, x_ring = ring + Tile::kStages * Tile::kWeightBytes;
   const int k_tiles = (p.hidden + kHopperDepth - 1) / kHopperDepth;
   const int turns = HopperTurn::count(tiles);
 
   // ------------------------------------------------------------------------------------------- one thread
 
-  // A stage is empty when all warps that read it, in both CTAs of the cluster, have said so: each CTA writes
-  // into the other's stage.
+  // A stage of the weight is empty when all warps that read it, in both CTAs of the cluster, have said so:
+  // each CTA writes into the other's stage. Copies of x are a stage ahead of it.
   __device__ __forceinline__ void copy(const CUtensorMap& x_map, const CUtensorMap& weight_map) const {
     constexpr int kBoxes = kWeightBoxes / kHopperCtas;
     const int first_box = blockIdx.x % kHopperCtas * kBoxes;
-    RingPlace at;
+    RingPlace at, x_at;
+    int x_number = 0, x_k = 0, x_row = HopperTurn(tiles, 0).row;
+    const auto copy_x = [&] {
+      if (x_number == turns) return;
+      const uint32_t barrier = x_full + x_at.stage * 8;
+      mbarrier_wait(x_empty + x_at.stage * 8, x_at.parity ^ 1);
+      mbarrier_arrive_expect(barrier, Tile::kXBytes);
+      copy_box_2d(x_ring + x_at.stage * Tile::kXBytes, x_map, barrier, x_k * kHopperDepth, x_row);
+      x_at.next(Tile::kXStages);
+      if (++x_k < k_tiles) return;
+      x_k = 0;
+      if (++x_number < turns) x_row = HopperTurn(tiles, x_number).row;
+    };
+    copy_x();
     for (int number = 0; number < turns; ++number) {
       const HopperTurn turn(tiles, number);
       for (int k = 0; k < k_tiles; ++k, at.next(Tile::kStages)) {
-        const uint32_t weight = ring + at.stage * Tile::kStageBytes, x = weight + Tile::kWeightBytes;
-        const uint32_t barrier = full + at.stage * 8;
+        const uint32_t weight = ring + at.stage * Tile::kWeightBytes, barrier = full + at.stage * 8;
         mbarrier_wait(empty + at.stage * 8, at.parity ^ 1);
-        mbarrier_arrive_expect(barrier, Tile::kStageBytes);
-        copy_box_2d(x, x_map, barrier, k * kHopperDepth, turn.row);
+        mbarrier_arrive_expect(barrier, Tile::kWeightBytes);
 #pragma unroll
         for (int pair = 0; pair < kBoxes; ++pair) {
           copy_box_5d<kHopperCtas>(weight + (first_box + pair) * (Tile::kWeightBytes / kWeightBoxes),
                                    weight_map, barrier, k * kHopperDepth, 0, first_box + pair, 0,
                                    turn.col_tile * (kCols / 32));
         }
+        copy_x();
       }
     }
   }
@@ -144,19 +152,26 @@ struct HopperProjection {
     if (threadIdx.x % 32 < kHopperCtas) mbarrier_arrive_at(barrier, threadIdx.x % 32);
   }
 
+  // The warp has read its part of a stage of the weight and of x.
+  __device__ __forceinline__ void leave(int stage, int x_stage) const {
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(x_empty + x_stage * 8);
+    tell_cluster(empty + stage * 8);
+  }
+
   __device__ __forceinline__ void multiply(int warpgroup) const {
     const int lead = min(kHopperLead, k_tiles);
-    RingPlace at;
+    RingPlace at, x_at;
     for (int number = 0; number < turns; ++number) {
       const HopperTurn turn(tiles, number);
       if (kHopperLead > 0 && number == 0 && warpgroup == 1) named_barrier_wait<kLeadBarrier, 256>();
       float acc[Tile::kAccumulators];
-      int last = 0;
-      for (int k = 0; k < k_tiles; ++k, at.next(Tile::kStages)) {
-        const uint32_t stage = ring + at.stage * Tile::kStageBytes;
-        const uint64_t weight = wgmma_matrix(stage);
-        const uint64_t x = wgmma_matrix(stage + Tile::kWeightBytes + warpgroup * (Tile::kXBytes / 2));
+      int last = 0, x_last = 0;
+      for (int k = 0; k < k_tiles; ++k, at.next(Tile::kStages), x_at.next(Tile::kXStages)) {
+        const uint64_t weight = wgmma_matrix(ring + at.stage * Tile::kWeightBytes);
+        const uint64_t x =
+            wgmma_matrix(x_ring + x_at.stage * Tile::kXBytes + warpgroup * (Tile::kXBytes / 2));
         mbarrier_wait(full + at.stage * 8, at.parity);
+        mbarrier_wait(x_full + x_at.stage * 8, x_at.parity);
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < kHopperDepth / 16; ++i) {
@@ -167,12 +182,12 @@ struct HopperProjection {
           named_barrier_arrive<kLeadBarrier, 256>();
         }
         wgmma_wait<1>();  // of the stage before: the tensor cores always have the next one's work
-        if (k > 0) tell_cluster(empty + last * 8);
-        last = at.stage;
+        if (k > 0) leave(last, x_last);
+        last = at.stage, x_last = x_at.stage;
       }
       wgmma_wait<0>();
       fence_registers(acc);
-      tell_cluster(empty + last * 8);
+      leave(last, x_last);
 
       if (p.bias != nullptr) add_bias(acc, turn.col_tile);
       // The products of the tile before have been read by then, except where tiles are short.
@@ -336,12 +351,15 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   using Tile = HopperTile<kCols>;
   using Projection = HopperProjection<T, D, kCols>;
   extern __shared__ unsigned char smem[];
-  __shared__ uint64_t full[Tile::kStages], empty[Tile::kStages], ready[2], free;
+  __shared__ uint64_t full[Tile::kStages], empty[Tile::kStages], x_full[Tile::kXStages],
+      x_empty[Tile::kXStages], ready[2], free;
   const Projection projection{p,
                               tiles,
                               (smem_address(smem) + 1023) / 1024 * 1024,
                               smem_address(full),
                               smem_address(empty),
+                              smem_address(x_full),
+                              smem_address(x_empty),
                               smem_address(ready),
                               smem_address(&free)};
   if (threadIdx.x == 0) {
@@ -350,6 +368,10 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     for (int i = 0; i < Tile::kStages; ++i) {
       mbarrier_init(projection.full + 8 * i, 1);
       mbarrier_init(projection.empty + 8 * i, 8 * kHopperCtas);  // warps
+    }
+    for (int i = 0; i < Tile::kXStages; ++i) {
+      mbarrier_init(projection.x_full + 8 * i, 1);
+      mbarrier_init(projection.x_empty + 8 * i, 8);
     }
     // Threads, each for its own stores and loads, and not warps after __syncwarp: compute-sanitizer follows
     // it.
@@ -407,10 +429,8 @@ cudaError_t launch_hopper_tile(const RopeKeyProjectionParams& p, cudaStream_t st
   error = count_sms(sms);
   if (error != cudaSuccess) return error;
 
-  const int col_tiles = static_cast<int>((cols + kCols - 1) / kCols);
-  const int first_value = (p.heads.num_q_heads + p.heads.num_kv_heads) * D;
-  const HopperTiles tiles{static_cast<int>((tokens + Tile::kClusterRows - 1) / Tile::kClusterRows), col_tiles,
-                          std::max(0, col_tiles - (first_value + kCols - 1) / kCols)};
+  const HopperTiles tiles{static_cast<int>((tokens + Tile::kClusterRows - 1) / Tile::kClusterRows),
+                          static_cast<int>((cols + kCols - 1) / kCols)};
   const dim3 grid(std::min(sms / kHopperCtas, tiles.row_tiles * tiles.col_tiles) * kHopperCtas);
   return launch_overlapping_clusters(kernel, kHopperCtas, grid, kHopperThreads, Tile::kSmemBytes, stream, p,
                                      x_map, weight_map, tiles);
