@@ -1,5 +1,5 @@
 // rope_key_projection for many tokens on Hopper: one CTA an SM walks over output tiles of 128 tokens. One
-// warp copies tiles of x and of the weight into a ring of stages, two warpgroups multiply 64 tokens each, and
+// warp copies tiles of x and of the weight into rings of stages, two warpgroups multiply 64 tokens each, and
 // three warps finish the heads of a tile while the next one is multiplied. The products reach them through
 // shared memory, rounded to the dtype as those of a library product are.
 //
@@ -37,7 +37,7 @@ struct HopperTile {
   static constexpr int kXBytes = kHopperRows * kHopperDepth * 2;
   static constexpr int kRowBytes = kCols * 2, kProductBytes = kHopperRows * kRowBytes;
   // Three of the weight for 256 columns; a fourth that the products lend was slower, because it filled late.
-  // What is left is for x, which comes from memory and not from the L2: four.
+  // What is left is for x, which comes from memory and not from the L2: four. Six of each for 128 columns.
   static constexpr int kStages = (kHopperRingBytes - kProductBytes) / (kWeightBytes + kXBytes);
   static constexpr int kXStages = (kHopperRingBytes - kProductBytes - kStages * kWeightBytes) / kXBytes;
   static constexpr int kSmemBytes =
@@ -56,14 +56,17 @@ __device__ __forceinline__ constexpr int accumulator_of(int group, int row_half,
   return (channel / 2 * (kCols / 32) + group) * 4 + row_half * 2 + channel % 2;
 }
 
-// A cluster's tiles. Those of a row follow one another, so that x is read from memory once; where there are
-// many of them, eight rows go through all columns together, so that the weight's tiles stay in the L2.
+constexpr int kMostTilesOfOneRow = 12;
+
+// A cluster's tiles. Those of a row follow one another, so that clusters read the same x at the same time;
+// where there are many of them, eight rows go through all columns together, so that the weight's tiles stay
+// in the L2.
 struct HopperTiles {
   int row_tiles, col_tiles;  // of clusters
 
   __device__ __forceinline__ int count() const { return row_tiles * col_tiles; }
   __device__ __forceinline__ void place(int tile, int& row_tile, int& col_tile) const {
-    const int rows = col_tiles > 12 ? 8 : 1;
+    const int rows = col_tiles > kMostTilesOfOneRow ? 8 : 1;
     const int group = tile / (rows * col_tiles), in_group = tile % (rows * col_tiles);
     const int group_rows = min(rows, row_tiles - group * rows);
     row_tile = group * rows + in_group % group_rows;
