@@ -56,7 +56,7 @@ __device__ __forceinline__ constexpr int accumulator_of(int group, int row_half,
   return (channel / 2 * (kCols / 32) + group) * 4 + row_half * 2 + channel % 2;
 }
 
-constexpr int kMostTilesOfOneRow = 12;
+constexpr int kMostTilesOfOneRow = 12;  // more go eight rows at a time: docs/kernels.md has the times
 
 // A cluster's tiles. Those of a row follow one another, so that clusters read the same x at the same time;
 // where there are many of them, eight rows go through all columns together, so that the weight's tiles stay
