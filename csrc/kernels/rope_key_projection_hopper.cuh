@@ -91,6 +91,32 @@ struct HopperTurn {
   }
 };
 
+// Where this lane's channels of a head go from all rows of a tile, if no dtype or scale changes on the way:
+// HeadStore, made anew for every row, costs a third of the time.
+template <class T, int D>
+struct HeadRows {
+  char* data;
+  int64_t page_stride, token_stride;  // bytes
+
+  HeadRows() = default;
+  __device__ __forceinline__ HeadRows(const HeadOutputs& p, HeadId head, int lane) {
+    constexpr int64_t kSize = sizeof(T);
+    if (head.kind == HeadKind::kQuery) {
+      data = static_cast<char*>(p.q_out) + (head.index * D + 8 * lane) * kSize;
+      page_stride = 0, token_stride = p.num_q_heads * D * kSize;
+    } else {
+      const PagedCache& cache = head.kind == HeadKind::kKey ? p.k_cache : p.v_cache;
+      data = static_cast<char*>(cache.data) + (head.index * cache.head_stride + 8 * lane) * kSize;
+      page_stride = cache.page_stride * kSize, token_stride = cache.token_stride * kSize;
+    }
+  }
+
+  // offset: of a query, its token.
+  __device__ __forceinline__ T* at(int64_t page, int64_t offset) const {
+    return reinterpret_cast<T*>(data + page * page_stride + offset * token_stride);
+  }
+};
+
 // A token's position and slot as they are given, or -1: nothing has waited for them.
 struct HopperToken {
   int64_t position = -1, slot = -1;
@@ -264,6 +290,23 @@ struct HopperProjection {
     return look_up(HopperTurn(tiles, number), first_row());
   }
 
+  // As floats, because all rows use them; ones without a norm. Returns whether there is one.
+  __device__ __forceinline__ bool load_norm(HeadKind kind, HeadPart<D> (&weights)[kParts]) const {
+    bool is_given = false;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      const HeadNorm<T, D> norm(p.heads, kind, 4 * part + threadIdx.x % 4);
+      is_given = norm.is_given;
+      if (is_given) {
+        weights[part] = norm.weights.unpack();
+      } else {
+#pragma unroll
+        for (int i = 0; i < 16; ++i) weights[part][i] = 1.f;
+      }
+    }
+    return is_given;
+  }
+
   // Four lanes have a row's heads, as HeadParts 4 * part + lane; a warp has eight rows at once. token: that
   // of look_up_first.
   __device__ __forceinline__ void finish(int number, HopperToken token) const {
@@ -275,12 +318,13 @@ struct HopperProjection {
     const int num_heads = p.heads.num_q_heads + 2 * p.heads.num_kv_heads;
     const HeadKind first_kind = HeadId(p.heads, first_head).kind;
     HeadKind kind = first_kind;
-    HeadNorm<T, D> norms[kParts];
-    const auto load_norms = [&] {
+    HeadPart<D> weights[kParts];
+    bool has_norm = load_norm(kind, weights);
+    const bool keeps_dtype = p.heads.cache_dtype != DType::kE4M3 && p.heads.k_copy.data == nullptr &&
+                             p.heads.k_scale == nullptr && p.heads.v_scale == nullptr;
+    HeadRows<T, D> rows[kHeads];
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) norms[part] = {p.heads, kind, 4 * part + lane};
-    };
-    load_norms();
+    for (int h = 0; h < kHeads; ++h) rows[h] = {p.heads, HeadId(p.heads, first_head + h), lane};
 #pragma unroll 1
     for (int first = first_row(); first < kHopperRows; first += row_step) {
       const int row = first + threadIdx.x % 32 / 4;
@@ -296,48 +340,61 @@ struct HopperProjection {
       token = look_up(turn, first + row_step);
 
       mbarrier_wait(ready + first / 64 * 8, number & 1);
-      RawPart<T, D> heads[kHeads][kParts];
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) {
+        const HeadId head(p.heads, first_head + h);
+        const bool is_query = head.kind == HeadKind::kQuery, keeps_bits = is_query || keeps_dtype;
+        const bool is_stored =
+            index < p.num_tokens && first_head + h < num_heads && (is_query || cache_row.is_inside());
+        T* const to = rows[h].at(cache_row.page, is_query ? index : cache_row.offset);
+        RawPart<T, D> raw[kParts];
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            heads[h][part].half[i] =
+            raw[part].half[i] =
                 load_shared_16(products_at(row, h * (D / 8) + i * (D / 16) + 4 * part + lane));
           }
         }
-      }
-      float scale[kHeads];  // without a norm, nothing uses it
+        if (head.kind == HeadKind::kValue && keeps_bits) {
 #pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
-        if (first_kind == HeadKind::kValue) break;
-        float squares = 0.f;
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-          HeadPart<D> x = heads[h][part].unpack();
-          squares += sum_of_squares(x);
-        }
-        scale[h] = rsqrtf(sum_over_lanes<4>(squares) / D + p.heads.eps);
-      }
-#pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
-        const HeadId head(p.heads, first_head + h);
-        if (head.kind != kind) {
-          kind = head.kind;
-          load_norms();
-        }
-        HeadStore<T, D> store(p.heads, head, index, cache_row, lane);
-        if (index >= p.num_tokens || first_head + h >= num_heads || store.to == nullptr) continue;
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-          if (kind == HeadKind::kValue && store.keeps_bits()) {
-            heads[h][part].store(reinterpret_cast<T*>(store.to));
-          } else {
-            HeadPart<D> x = heads[h][part].unpack();
-            finish_head(p.heads, x, kind, scale[h], norms[part], angles[part], store);
+          for (int part = 0; part < kParts; ++part) {
+            if (is_stored) raw[part].store(to + 32 * part);
           }
-          store.skip_channels(32);
+          continue;
+        }
+
+        HeadPart<D> x[kParts];
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) x[part] = raw[part].unpack();
+        if (head.kind != HeadKind::kValue) {
+          if (head.kind != kind) {
+            kind = head.kind;
+            has_norm = load_norm(kind, weights);
+          }
+          float squares = 0.f;
+#pragma unroll
+          for (int part = 0; part < kParts; ++part) squares += sum_of_squares(x[part]);
+          const float mean = sum_over_lanes<4>(squares) / D;
+          const float scale = has_norm ? rsqrtf(mean + p.heads.eps) : 1.f;
+#pragma unroll
+          for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+            for (int i = 0; i < 16; ++i) x[part][i] *= scale * weights[part][i];
+            rotate(x[part], angles[part], p.heads.interleaved);
+          }
+        }
+        if (!is_stored) continue;
+        HeadStore<T, D> store;
+        if (!keeps_bits) store = {p.heads, head, index, cache_row, lane};
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          if (keeps_bits) {
+            x[part].store(to + 32 * part);
+          } else {
+            store.store(x[part]);
+            store.skip_channels(32);
+          }
         }
       }
     }
@@ -403,7 +460,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     }
   }
   // A CTA must stay while the other still writes to its barriers.
-  cluster_arrive();
+  cluster_announce();
   cluster_wait();
 #else
   __trap();  // launch_hopper chooses this kernel only where the other branch was compiled

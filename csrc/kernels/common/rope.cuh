@@ -151,6 +151,15 @@ struct HeadAngles {
   }
 };
 
+template <int D>
+__device__ __forceinline__ void rotate(HeadPart<D>& head, const HeadAngles<D>& angles, bool interleaved) {
+  for_each_pair(interleaved, [&](int i, int a, int b) {
+    const float x = head[a], y = head[b], cos = angles.cos.x[i], sin = angles.sin.x[i];
+    head[a] = x * cos - y * sin;
+    head[b] = x * sin + y * cos;
+  });
+}
+
 // scale: of norm_scale.
 template <class T, int D>
 __device__ __forceinline__ void norm_and_rotate(HeadPart<D>& head, float scale, const HeadNorm<T, D>& norm,
@@ -160,11 +169,7 @@ __device__ __forceinline__ void norm_and_rotate(HeadPart<D>& head, float scale, 
 #pragma unroll
     for (int i = 0; i < 16; ++i) head[i] *= scale * weight[i];
   }
-  for_each_pair(interleaved, [&](int i, int a, int b) {
-    const float x = head[a], y = head[b], cos = angles.cos.x[i], sin = angles.sin.x[i];
-    head[a] = x * cos - y * sin;
-    head[b] = x * sin + y * cos;
-  });
+  rotate(head, angles, interleaved);
 }
 
 // Where a head goes; pointers are to this lane's channels.
@@ -176,6 +181,7 @@ struct HeadStore {
   int64_t stride, full_stride;  // bytes from one head to the next, 0 beside a null pointer
   bool is_e4m3;                 // `to`
 
+  HeadStore() = default;
   // slot: of the token, or -1; only keys and values use it.
   __device__ __forceinline__ HeadStore(const HeadOutputs& p, HeadId head, int64_t token, int64_t slot,
                                        int lane)
