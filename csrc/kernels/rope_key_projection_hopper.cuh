@@ -181,15 +181,17 @@ struct HopperProjection {
     if (threadIdx.x % 32 < kHopperCtas) mbarrier_arrive_at(barrier, threadIdx.x % 32);
   }
 
-  // The warp has read its part of a stage of the weight and of x.
-  __device__ __forceinline__ void leave(int stage, int x_stage) const {
+  // The warp has read its part of a stage of the weight and of x. later: stages of all tiles that follow.
+  __device__ __forceinline__ void leave(int stage, int x_stage, int later) const {
     if (threadIdx.x % 32 == 0) mbarrier_arrive(x_empty + x_stage * 8);
-    tell_cluster(empty + stage * 8);
+    // Only while somebody waits for it: later the other CTA may have ended.
+    if (later >= Tile::kStages) tell_cluster(empty + stage * 8);
   }
 
   __device__ __forceinline__ void multiply(int warpgroup) const {
     const int lead = min(kHopperLead, k_tiles);
     RingPlace at, x_at;
+    int later = turns * k_tiles;
     for (int number = 0; number < turns; ++number) {
       const HopperTurn turn(tiles, number);
       if (kHopperLead > 0 && number == 0 && warpgroup == 1) named_barrier_wait<kLeadBarrier, 256>();
@@ -211,12 +213,12 @@ struct HopperProjection {
           named_barrier_arrive<kLeadBarrier, 256>();
         }
         wgmma_wait<1>();  // of the stage before: the tensor cores always have the next one's work
-        if (k > 0) leave(last, x_last);
+        if (k > 0) leave(last, x_last, --later);
         last = at.stage, x_last = x_at.stage;
       }
       wgmma_wait<0>();
       fence_registers(acc);
-      leave(last, x_last);
+      leave(last, x_last, --later);
 
       if (p.bias != nullptr) add_bias(acc, turn.col_tile);
       // The products of the tile before have been read by then, except where tiles are short.
@@ -447,7 +449,6 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // tells the compiler that warps agree on it
   if (warp == 0) {
     if (threadIdx.x == 0) projection.copy(x_map, weight_map);
-    __syncwarp();  // it arrives below as one
   } else {
     // The warps that multiply look up their tokens of the last tile before its products are there.
     int number = warp >= 4 ? projection.turns - 1 : 0;
@@ -459,9 +460,6 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
       token = projection.look_up_first(number);
     }
   }
-  // A CTA must stay while the other still writes to its barriers.
-  cluster_announce();
-  cluster_wait();
 #else
   __trap();  // launch_hopper chooses this kernel only where the other branch was compiled
 #endif

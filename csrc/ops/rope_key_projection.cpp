@@ -11,8 +11,8 @@ namespace fusedkv::ops {
 namespace {
 
 // Checks the inputs that both ops have and returns the head dim.
-int64_t check_inputs(const Checker& check, const at::Tensor& x, const at::Tensor& weight,
-                     const at::Tensor& positions, const at::Tensor& cos_sin, const OptionalTensor& bias) {
+int64_t check_projection(const Checker& check, const at::Tensor& x, const at::Tensor& weight,
+                         const at::Tensor& positions, const at::Tensor& cos_sin, const OptionalTensor& bias) {
   check.tensor("x", x, kHalf, {kAny, kAny});
   const int64_t hidden = x.size(1);
   const int64_t d = check.rope(x.size(0), positions, cos_sin);
@@ -57,7 +57,7 @@ at::Tensor rope_key_projection(const at::Tensor& x, const at::Tensor& weight, co
                                const at::Tensor& cos_sin, const OptionalTensor& norm, double eps,
                                const OptionalTensor& bias, bool interleaved) {
   const Checker check("rope_key_projection", x);
-  const int64_t d = check_inputs(check, x, weight, positions, cos_sin, bias);
+  const int64_t d = check_projection(check, x, weight, positions, cos_sin, bias);
   check.norm("norm", norm, d, x.scalar_type());
 
   const c10::cuda::CUDAGuard guard(x.device());
@@ -81,7 +81,7 @@ void rope_key_projection_write(const at::Tensor& x, const at::Tensor& weight, co
                                const OptionalTensor& k_copy, const OptionalTensor& v_copy,
                                const OptionalTensor& input_norm, bool early_weight) {
   const Checker check("rope_key_projection_write", x);
-  const int64_t d = check_inputs(check, x, weight, positions, cos_sin, bias);
+  const int64_t d = check_projection(check, x, weight, positions, cos_sin, bias);
   check.norm("q_norm", q_norm, d, x.scalar_type());
   check.norm("k_norm", k_norm, d, x.scalar_type());
   check.norm("input_norm", input_norm, x.size(1), x.scalar_type());

@@ -11,8 +11,8 @@ __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 }
 
-// The first half without the wait for this thread's stores, for threads whose stores nobody in the cluster
-// reads, or that a fence has made visible.
+// The first half for threads that have written nothing but barriers that a fence has made visible: without
+// the wait for their stores.
 __device__ __forceinline__ void cluster_announce() {
   asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 }

@@ -213,9 +213,6 @@ struct HeadStore {
     if (scale != nullptr) scale += head.index * D + 8 * lane;
   }
 
-  // Whether a value is stored as it is.
-  __device__ __forceinline__ bool keeps_bits() const { return !is_e4m3 && scale == nullptr; }
-
   __device__ __forceinline__ void next_head() {
     to += stride, full += full_stride;
     if (scale != nullptr) scale += D;
