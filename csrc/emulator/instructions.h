@@ -328,10 +328,15 @@ inline void share_box_2d(uint32_t smem, const CUtensorMap& map, uint32_t barrier
   copy_box(smem, map, barrier, ctas, {x, y, 0, 0, 0});
 }
 
+inline void stream_box_5d(uint32_t smem, const CUtensorMap& map, uint32_t barrier, int x0, int x1, int x2,
+                          int x3, int x4) {
+  copy_box(smem, map, barrier, 0, {x0, x1, x2, x3, x4});
+}
+
 template <int ctas>
 inline void copy_box_5d(uint32_t smem, const CUtensorMap& map, uint32_t barrier, int x0, int x1, int x2,
                         int x3, int x4) {
-  copy_box(smem, map, barrier, ctas == 1 ? 0 : (1 << ctas) - 1, {x0, x1, x2, x3, x4});
+  copy_box(smem, map, barrier, (1 << ctas) - 1, {x0, x1, x2, x3, x4});
 }
 
 // ------------------------------------------------------------------------------- products of a warpgroup

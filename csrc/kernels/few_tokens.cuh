@@ -153,8 +153,8 @@ struct FewProduct {
     const auto copy_weight = [&](int stage, int i) {
       if (!elect_thread()) return;
       mbarrier_arrive_expect(full(stage), Shape::kStageBytes);
-      copy_box_5d<1>(ring + stage * Shape::kStageBytes, weight_map, full(stage), k0 + i * kFewDepth, 0, 0,
-                     row_tile * (kFewRows / 32), 0);
+      stream_box_5d(ring + stage * Shape::kStageBytes, weight_map, full(stage), k0 + i * kFewDepth, 0, 0,
+                    row_tile * (kFewRows / 32), 0);
     };
     const auto copy_x = [&](int stage, int i) {
       if (!elect_thread()) return;
