@@ -84,8 +84,9 @@ struct Layer {
     out = std::make_unique<Array<T>>(rows);
   }
 
-  // early: as in a model, whose schedule is there long before all but the first layer.
-  FusedAttentionParams attention(bool early = true) const {
+  // early: as in a model, whose schedule is there long before all but the first layer. keep: the same sources
+  // come again.
+  FusedAttentionParams attention(bool early = true, bool keep = false) const {
     const Shape& s = batch.shape;
     FusedAttentionParams p = {};
     p.dtype = dtype_of<T>(), p.cache_dtype = dtype_of<C>();
@@ -106,7 +107,7 @@ struct Layer {
     p.seq_lens = batch.seq_lens->data(), p.schedule = batch.schedule->data();
     p.scale = 1.0f / std::sqrt(static_cast<float>(s.d));
     p.window = s.window;
-    p.early_schedule = early;
+    p.early_schedule = early, p.keep_sources = keep;
     return p;
   }
 
@@ -187,7 +188,7 @@ bool verify_shape(const Shape& shape) {
   const auto schedule = batch.schedule->host();
   for (int run = 0; run < 2; ++run) {
     layer.out->poison();
-    CUDA_CHECK(run_fused_attention(layer.attention(false), nullptr));
+    CUDA_CHECK(run_fused_attention(layer.attention(false, true), nullptr));
     CUDA_CHECK(run_fused_attention(layer.attention(), nullptr));
     CUDA_CHECK(cudaDeviceSynchronize());
     const auto got = layer.out->host();

@@ -45,13 +45,14 @@ SPLIT_FROM = 4096  # tokens of which cuDNN gets a part where it is preferred: of
 class Sources:
     """What one attention reads: pages of its sources and float32 weights [sources, Hkv, D], None for ones.
 
-    The weights are those of the fusion times the scales of the pages. layers: the sources. stale: a scale of
-    theirs has changed since.
+    The weights are those of the fusion times the scales of the pages. layers: the sources. reread: the next
+    layer's attention reads some of them too. stale: a scale of theirs has changed since.
     """
 
     layers: tuple[int, ...]
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
+    reread: bool
     key_weights: Tensor | None = None
     value_weights: Tensor | None = None
     stale: bool = False
@@ -223,7 +224,7 @@ class PagedKVCache:
         if kept is None:
             keys, values = {**self.keys, **self.key_copies}, {**self.values, **self.value_copies}
             keys, values = [keys[i] for i in plan.key_sources], [values[i] for i in plan.value_sources]
-            kept = Sources(plan.sources, keys, values)
+            kept = Sources(plan.sources, keys, values, self.config.plan.rereads(plan.sources))
         kept.key_weights = _keep(kept.key_weights, key_weights)
         kept.value_weights = _keep(kept.value_weights, value_weights)
         kept.stale = False
@@ -237,7 +238,9 @@ class PagedKVCache:
 
     def own(self, layer: int) -> Sources:
         """What the attention of a storage layer reads; raises ValueError as `scales`."""
-        sources = Sources((layer,), [self.keys[layer]], [self.values[layer]])
+        # The layers above may read a copy instead.
+        reread = self.config.plan.rereads((layer,)) and layer not in self.key_copies
+        sources = Sources((layer,), [self.keys[layer]], [self.values[layer]], reread)
         if self.keys[layer].dtype == torch.float8_e4m3fn:
             k_scale, v_scale = self.scales(layer)
             sources.key_weights = k_scale[None].to(self._wide)
@@ -580,6 +583,7 @@ class DecodeStep:
             q.shape[-1] ** -0.5,
             window,
             early_schedule=early,
+            keep_sources=sources.reread,
         )
         return out[:, 0]
 

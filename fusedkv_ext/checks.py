@@ -369,6 +369,7 @@ def fused_attention(
     scale,
     window=0,
     early_schedule=False,
+    keep_sources=False,
 ) -> None:
     c = Checker("fused_attention", q.device)
     c.tensor("q", q, FLOATS, (None, None, None, None))

@@ -394,6 +394,7 @@ def fused_attention(
     scale: float | None = None,
     window: int = 0,
     early_schedule: bool = False,
+    keep_sources: bool = False,
 ) -> Tensor:
     """Attention of a few query tokens a sequence over a paged cache, fusing keys and values on the fly.
 
@@ -420,6 +421,8 @@ def fused_attention(
             did it let this one start before those that have were through, as only kernels with programmatic
             dependent launch can. From Hopper on they are then read while it still runs. Without a schedule it
             must be False.
+        keep_sources: a hint: the next attention reads some of the same sources, so that a part of them, up to
+            a third of the L2, is worth keeping there. Otherwise the L2 drops them first.
 
     Returns:
         [B, Q, Hq, D] of the dtype of q; a query token that sees nothing gets zeros.
@@ -449,4 +452,5 @@ def fused_attention(
         scale,
         window,
         early_schedule,
+        keep_sources,
     )

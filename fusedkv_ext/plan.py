@@ -95,6 +95,11 @@ class CrossLayerPlan:
         """
         return self.storage_layers[-1]
 
+    def rereads(self, sources: tuple[int, ...]) -> bool:
+        """Whether right after a layer that reads these there is one that reads some of them."""
+        pairs = zip(self.layers, self.layers[1:], strict=False)
+        return any(a.sources == sources and not set(sources).isdisjoint(b.sources) for a, b in pairs)
+
     # Factories. `n` is the number of storage layers, half of all layers unless given.
 
     @classmethod

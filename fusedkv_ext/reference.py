@@ -282,6 +282,7 @@ def fused_attention(
     scale: float,
     window: int = 0,
     early_schedule: bool = False,
+    keep_sources: bool = False,
 ) -> Tensor:
     batch, num_tokens, num_q_heads, _ = q.shape
     num_pages, page_size, num_kv_heads, _ = k_sources[0].shape

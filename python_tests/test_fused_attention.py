@@ -377,6 +377,18 @@ def test_early_schedule(device):
         assert torch.equal(ops.fused_attention(*case.args(), schedule=schedule, early_schedule=True), right)
 
 
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=["bf16", "e4m3"])
+@pytest.mark.parametrize("sources", [1, 2])
+def test_what_the_l2_keeps_changes_no_result(device, sources, cache_dtype):
+    lengths = (300, 70, 5) if device == "cpu" else (100_000, 70, 5)  # on a GPU more than is kept
+    case = make_case(
+        device, lengths=lengths, num_k=sources, num_v=sources, dtypes=(torch.bfloat16, cache_dtype)
+    )
+    right = ops.fused_attention(*case.args())
+    for _ in range(2):
+        assert torch.equal(ops.fused_attention(*case.args(), keep_sources=True), right)
+
+
 def test_window_beyond_any_length(device):
     case = make_case(device, lengths=(1, 2, 70), num_q=4)
     expected = run(case)

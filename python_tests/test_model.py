@@ -612,11 +612,38 @@ def test_the_attention_that_makes_the_schedule_alone_waits_for_it(device, monkey
     made.prefill(cache, rows, [x.to(device) for x in tiny.prompts(5)])
     fused_attention = ops.fused_attention
 
-    def spy(*args, early_schedule):
+    def spy(*args, early_schedule, **rest):
         early.append(early_schedule)
-        return fused_attention(*args, early_schedule=early_schedule)
+        return fused_attention(*args, early_schedule=early_schedule, **rest)
 
     monkeypatch.setattr(ops, "fused_attention", spy)
     for _ in range(2):
         made.decode(cache, rows, torch.zeros(1, dtype=torch.int64, device=device))
     assert early == 2 * [False, *[True] * (tiny.LAYERS - 1)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "plan, fp8_sources, kept",
+    [
+        ("vanilla", "none", ()),
+        ("fusedkv", "none", (2, 3, 4, 5)),  # the last storage layer's sources come again at once
+        ("fusedkv", "copy", (3, 4, 5)),  # that layer reads its pages, those above their copies
+        ("fusedkv_lite", "none", (2, 3, 4, 5)),
+        ("cla", "none", range(6)),
+    ],
+)
+def test_sources_that_the_next_layer_reads_stay_in_the_l2(device, monkeypatch, plan, fp8_sources, kept):
+    made, hints = tiny.model(plan, device=device), []
+    cache = made.new_cache(8, page_size=16, max_batch=1, fp8_sources=fp8_sources)
+    rows = cache.add([20])
+    made.prefill(cache, rows, [x.to(device) for x in tiny.prompts(5)])
+    fused_attention = ops.fused_attention
+
+    def spy(*args, keep_sources, **rest):
+        hints.append(keep_sources)
+        return fused_attention(*args, keep_sources=keep_sources, **rest)
+
+    monkeypatch.setattr(ops, "fused_attention", spy)
+    made.decode(cache, rows, torch.zeros(1, dtype=torch.int64, device=device))
+    assert hints == [i in kept for i in range(tiny.LAYERS)]

@@ -57,6 +57,13 @@ def test_storage_layers(plan, stored, last):
     assert plan.storage_layers == stored and plan.last_storage == last
 
 
+def test_what_the_next_layer_rereads():
+    layers = {"vanilla": [], "cla": [0, 1, 2, 3, 4, 5], "fusedkv": [2, 3, 4, 5], "yoco": [2, 3, 4, 5]}
+    for name, expected in layers.items():
+        plan = CrossLayerPlan.named(name, 6)
+        assert [i for i, layer in enumerate(plan.layers) if plan.rereads(layer.sources)] == expected
+
+
 @pytest.mark.parametrize("name", PLAN_NAMES)
 def test_dict_round_trip(name):
     plan = CrossLayerPlan.named(name, 6)

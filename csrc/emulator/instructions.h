@@ -90,9 +90,15 @@ inline uint4 load_shared_16(uint32_t address) {
   return x;
 }
 
+inline uint64_t stream_policy() { return 0; }
+inline uint64_t keep_policy(float fraction) {
+  if (!(fraction > 0.f && fraction <= 1.f)) fail("a policy for a fraction of %g", fraction);
+  return 0;
+}
+
 // Takes effect now, or when its group is waited for.
 template <int fetch = 128>
-inline void cp_async_16(uint32_t smem, const void* global, bool valid) {
+inline void cp_async_16(uint32_t smem, const void* global, bool valid, uint64_t = 0) {
   if (reinterpret_cast<uintptr_t>(global) % 16) fail("cp.async from %p", global);
   char* const to = shared_pointer(smem, 16);
   const auto copy = [=] { valid ? std::memcpy(to, global, 16) : std::memset(to, 0, 16); };

@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "common/l2_policy.cuh"
 #include "common/mbarrier.cuh"
 #include "common/mma.cuh"
 #include "common/overlap.cuh"
@@ -13,6 +14,7 @@ namespace fusedkv {
 
 constexpr int kMaxStages = 6;
 constexpr int kRowAlignment = 256;  // the widest row
+constexpr float kLeastKept = 1.f / 16;
 
 // Strides of the caches of one side in bytes, where they fit: 64-bit products are several instructions.
 struct ByteStrides {
@@ -30,6 +32,7 @@ struct AttentionParams : FusedAttentionParams {
   const RangePlace* places;
   float* partials;    // two for each worker: of the item it begins in, and of the one it ends in
   int partial_words;  // from one to the next
+  float kept_blocks;  // so many blocks' bytes of the sources stay in the L2
   bool merges_apart;  // attention_merge_kernel merges them
   bool in_slices;     // the tokens of a warp's slice lie in one page, and the strides are these
   ByteStrides k_strides, v_strides;
@@ -177,6 +180,13 @@ struct BlockCursor : BlockPlace {
   }
 };
 
+// How long the L2 keeps the sources. To keep a small part saves less than it costs the rest.
+__device__ __forceinline__ uint64_t source_policy(const AttentionParams& p) {
+  if (p.kept_blocks == 0.f) return stream_policy();
+  const float share = __fdividef(p.kept_blocks, max(1, p.schedule[p.batch]));
+  return share < kLeastKept ? stream_policy() : keep_policy(fminf(1.f, share));
+}
+
 // How loaders and the warps that compute tell each other about the stages of the ring. A warp that loads for
 // itself waits for its own copies and needs no barriers.
 template <class S>
@@ -230,15 +240,16 @@ struct StageCopies {
 
   // `page` and `offset`: of the slice's first token where it lies in one page, else of the lane's token.
   static __device__ __forceinline__ void copy_sources(const AttentionParams& p, int head, int page,
-                                                      int offset, uint32_t mask, char* stage, int slice) {
+                                                      int offset, uint32_t mask, char* stage, int slice,
+                                                      uint64_t policy) {
     const uint32_t keys = first_destination(stage, slice);
     const uint32_t values = first_destination(stage + S::kSources * S::kPlaneBytes, slice);
     if (p.in_slices) {
-      copy_slice(p.k_sources, p.num_k_sources, p.k_strides, head, page, offset, mask, keys);
-      copy_slice(p.v_sources, p.num_v_sources, p.v_strides, head, page, offset, mask, values);
+      copy_slice(p.k_sources, p.num_k_sources, p.k_strides, head, page, offset, mask, keys, policy);
+      copy_slice(p.v_sources, p.num_v_sources, p.v_strides, head, page, offset, mask, values, policy);
     } else {
-      copy_rows(p.k_sources, p.num_k_sources, head, page, offset, mask, keys);
-      copy_rows(p.v_sources, p.num_v_sources, head, page, offset, mask, values);
+      copy_rows(p.k_sources, p.num_k_sources, head, page, offset, mask, keys, policy);
+      copy_rows(p.v_sources, p.num_v_sources, head, page, offset, mask, values, policy);
     }
   }
 
@@ -281,18 +292,22 @@ struct StageCopies {
   static __device__ __forceinline__ uint32_t first_destination(const char* planes, int slice) {
     const int row = slice * S::kSliceTokens + threadIdx.x % 32 / S::kRowChunks;
     const int chunk = threadIdx.x % S::kRowChunks;
-    return smem_address(planes + chunk / S::kPieceChunks * S::kTileBytes +
-                        swizzled<S::kPieceChunks>(row, chunk % S::kPieceChunks));
+    const uint32_t start =
+        smem_address(planes + chunk / S::kPieceChunks * S::kTileBytes + row * S::kPieceBytes);
+    // Not swizzled(): of an address that is a sum, one part in a uniform register, ptxas 13.0 makes an
+    // illegal instruction where there is a policy.
+    return start ^ (chunk % S::kPieceChunks ^ row_swizzle<S::kPieceChunks>(row)) * 16;
   }
-  static __device__ __forceinline__ void copy_chunk(uint32_t to, const void* from, bool valid) {
+  static __device__ __forceinline__ void copy_chunk(uint32_t to, const void* from, bool valid,
+                                                    uint64_t policy) {
     constexpr int kFetch = S::kRowBytes < 128 ? 256 : 128;
-    cp_async_16<kFetch>(to, from, valid);
+    cp_async_16<kFetch>(to, from, valid, policy);
   }
 
   // The rows of a slice that lies in one page are at equal distances.
   static __device__ __forceinline__ void copy_slice(const PagedCache (&sources)[2], int count,
                                                     const ByteStrides& strides, int head, int page,
-                                                    int offset, uint32_t mask, uint32_t to) {
+                                                    int offset, uint32_t mask, uint32_t to, uint64_t policy) {
     const unsigned row = threadIdx.x % 32 / S::kRowChunks, chunk = threadIdx.x % S::kRowChunks;
     const auto product = [](unsigned a, unsigned b) { return uint64_t{a} * b; };  // one instruction
     const uint64_t from = product(mask ? page : 0, strides.page) + product(head, strides.head) +
@@ -305,14 +320,15 @@ struct StageCopies {
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {
         copy_chunk(destination(to, i) + s * S::kPlaneBytes, source + product(strides.token, i * kRowsAtOnce),
-                   valid >> i * kRowsAtOnce & 1);
+                   valid >> i * kRowsAtOnce & 1, policy);
       }
     }
   }
 
   // `page` and `offset`: of the lane's token.
   static __device__ __forceinline__ void copy_rows(const PagedCache (&sources)[2], int count, int head,
-                                                   int page, int offset, uint32_t mask, uint32_t to) {
+                                                   int page, int offset, uint32_t mask, uint32_t to,
+                                                   uint64_t policy) {
     const int lane = threadIdx.x % 32;
     const PagedCache& layout = sources[0];  // sources of one side share their strides
     const bool visible = mask >> lane % S::kSliceTokens & 1;
@@ -325,7 +341,7 @@ struct StageCopies {
 #pragma unroll 1
       for (int s = 0; s < count; ++s) {
         copy_chunk(destination(to, i) + s * S::kPlaneBytes, static_cast<const C*>(sources[s].data) + from,
-                   mask >> row & 1);
+                   mask >> row & 1, policy);
       }
     }
   }
@@ -353,10 +369,11 @@ struct UnitLoader {
     int page[kPages], offset_in_page[kPages];
   };
   BlockCursor at;  // the end of the last window
+  const uint64_t policy;
   bool new_item = true;
   const int first_slice = (int(threadIdx.x) / 32 - S::kFirstLoader) * kSlices;
 
-  __device__ explicit UnitLoader(const BlockCursor& start) : at(start) {}
+  __device__ UnitLoader(const BlockCursor& start, uint64_t policy) : at(start), policy(policy) {}
 
   __device__ __forceinline__ void load_all(const AttentionParams& p, char* ring, RingControl<S>& control) {
     RingPlace place;
@@ -449,7 +466,7 @@ struct UnitLoader {
       StageCopies<S>::copy_item(p, window.seq, window.head, window.row_block, stage);
       mbarrier_arrive_after_copies(smem_address(&control.item[place.stage]));
     }
-    StageCopies<S>::copy_sources(p, window.head, page, offset, mask, stage, slice);
+    StageCopies<S>::copy_sources(p, window.head, page, offset, mask, stage, slice, policy);
     mbarrier_arrive_after_copies(full);
   }
 };
@@ -476,12 +493,16 @@ __device__ __forceinline__ void wait_for_oldest(int stages) {
 template <class S>
 struct OwnLoader {
   BlockCursor at;
+  const uint64_t policy;
   bool new_item = true;      // the unit is the first of its item, or of the worker
   bool inside;               // the lane's token may be seen, if its page is in the cache
   int page, offset_in_page;  // of the slice's first token where it lies in one page, else of the lane's token
   int stage = 0;             // where the unit goes
 
-  __device__ OwnLoader(const AttentionParams& p, const BlockCursor& start) : at(start) { look_up(p); }
+  __device__ OwnLoader(const AttentionParams& p, const BlockCursor& start, uint64_t policy)
+      : at(start), policy(policy) {
+    look_up(p);
+  }
 
   // Issues the copies of the next unit, if there is one, as a group. Called in one place of the kernel,
   // because instructions are fetched from memory too: a copy of this code costs a short kernel a microsecond.
@@ -496,7 +517,7 @@ struct OwnLoader {
       char* const to = ring + stage * S::kStageBytes;
       if (threadIdx.x % 32 == 0) StageCopies<S>::write_visible(control.visible[stage], slice, mask);
       if (unit.new_item) StageCopies<S>::copy_item(p, unit.at.seq, unit.at.head, unit.at.row_block, to);
-      StageCopies<S>::copy_sources(p, unit.at.head, unit.page, unit.offset_in_page, mask, to, slice);
+      StageCopies<S>::copy_sources(p, unit.at.head, unit.page, unit.offset_in_page, mask, to, slice, policy);
       stage = stage + 1 == p.stages ? 0 : stage + 1;
       if ((new_item || at.remaining == 0) && threadIdx.x % 32 == 0) control.place[stage][slice] = at;
     }
@@ -521,7 +542,7 @@ struct OwnLoader {
 
 // Where other warps load.
 struct NoLoader {
-  __device__ NoLoader(const AttentionParams&, const BlockCursor&) {}
+  __device__ NoLoader(const AttentionParams&, const BlockCursor&, uint64_t) {}
 };
 
 // Meets the warps that compute.

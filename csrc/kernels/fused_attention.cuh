@@ -52,20 +52,21 @@ __global__ void __launch_bounds__(S::kCtaThreads, 1)
   constexpr int kLine = 128 / sizeof(int);
   int pages = 0;
   if (p.batch == 1 && threadIdx.x * kLine < p.max_pages) pages = p.block_table[threadIdx.x * kLine];
-  need_here(pages);
+  const uint64_t policy = source_policy(p);
+  need_here(pages ^ policy);
   if (range.remaining <= 0) return wait_for_previous_kernels();  // else this launch might end before them
   BlockCursor from;
   from.begin_at(p, range, range.head_row + blockIdx.x);
   if constexpr (!S::kLoadsItself) {
     if (threadIdx.x >= S::kThreads) {
       if constexpr (S::kMovesRegisters) lower_registers<S::kLoaderRegisters>();
-      UnitLoader<S>(from).load_all(p, ring, control.ring);
+      UnitLoader<S>(from, policy).load_all(p, ring, control.ring);
       return;
     }
     if constexpr (S::kMovesRegisters) raise_registers<S::kRegisters>();
   }
 
-  std::conditional_t<S::kLoadsItself, OwnLoader<S>, NoLoader> loader(p, from);
+  std::conditional_t<S::kLoadsItself, OwnLoader<S>, NoLoader> loader(p, from, policy);
   std::conditional_t<S::kLoadsItself, BlockPlace, BlockCursor> at = from;
   if (threadIdx.x == 0) {
     const int parts = max(0, min(range.parts, int(blockIdx.y) + 1));
@@ -155,8 +156,12 @@ constexpr int kMostRowsWithoutWgmma = 32;
 // workers: a launch more takes as long as a CTA takes to merge few rows, or few parts.
 constexpr int kMostRowsMergedWithin = 8, kWorkersToMergeApart = 8;
 
+// How much of the L2 kept sources may fill: more does not stay there until the next attention, for all that
+// is read in between.
+constexpr float kKeptOfL2 = 1.f / 3;
+
 struct AttentionLaunch {
-  int stages, multiprocessors;
+  int stages, multiprocessors, l2_bytes;
   size_t shared_bytes;
 };
 
@@ -165,6 +170,7 @@ template <class S>
 cudaError_t plan_attention_launch(AttentionLaunch& launch) {
   int per_block;
   cudaError_t error = count_sms(launch.multiprocessors);
+  if (error == cudaSuccess) error = device_attribute(launch.l2_bytes, cudaDevAttrL2CacheSize);
   if (error == cudaSuccess) error = device_attribute(per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   if (error != cudaSuccess) return error;
   constexpr int kBefore = S::kAlignment - kRowAlignment + S::kQueryBytes;  // the ring
@@ -244,6 +250,11 @@ cudaError_t launch_attention(const FusedAttentionParams& params, cudaStream_t st
         reinterpret_cast<float*>(params.schedule + partials_in_schedule(params.batch)),
         words_of_partial(params.num_query_tokens, params.num_q_heads, params.num_kv_heads),
     };
+    if (params.keep_sources) {
+      const int sources = params.num_k_sources + params.num_v_sources;
+      const float block_bytes = float(sources) * params.num_kv_heads * (kBlockTokens * D * int(sizeof(C)));
+      p.kept_blocks = launch.l2_bytes * kKeptOfL2 / block_bytes;
+    }
     p.in_slices = page_size % S::kSliceTokens == 0 && byte_strides<C>(p.k_sources[0], p.k_strides) &&
                   byte_strides<C>(p.v_sources[0], p.v_strides);
     const int rows = group * params.num_query_tokens;

@@ -220,6 +220,7 @@ struct FusedAttentionParams {
   // run_attention_schedule left, nor did it let this one start before those that have were through: they are
   // read while it still runs.
   bool early_schedule;
+  bool keep_sources;  // a hint: launches soon after read them again
 };
 
 }  // namespace fusedkv

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "l2_policy.cuh"
 #include "mbarrier.cuh"
 #include "mma.cuh"
 
@@ -104,17 +105,15 @@ __device__ __forceinline__ void share_box_2d(uint32_t smem, const CUtensorMap& m
 // The same in five dimensions of what is read once and not soon again: the L2 drops it before anything else.
 __device__ __forceinline__ void stream_box_5d(uint32_t smem, const CUtensorMap& map, uint32_t barrier, int x0,
                                               int x1, int x2, int x3, int x4) {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(smem),
-      "l"(&map), "r"(barrier), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(x4), "l"(policy)
+      "l"(&map), "r"(barrier), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(x4), "l"(stream_policy())
       : "memory");
 }
 
-// The same to the first `ctas` CTAs of the cluster: to the same address of each, counted by the barrier at the
-// same address of each.
+// The same to the first `ctas` CTAs of the cluster: to the same address of each, counted by the barrier at
+// the same address of each.
 template <int ctas>
 __device__ __forceinline__ void copy_box_5d(uint32_t smem, const CUtensorMap& map, uint32_t barrier, int x0,
                                             int x1, int x2, int x3, int x4) {

@@ -11,17 +11,26 @@ __device__ __forceinline__ uint32_t smem_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// Copies 16 bytes from global to shared memory; writes zeros and reads nothing when `valid` is false. The L2
-// fetches `fetch` bytes around them, which pays where the neighbours are read too.
-template <int fetch = 128>
+// Copies 16 bytes from global to shared memory; writes zeros and reads nothing when `valid` is false.
 __device__ __forceinline__ void cp_async_16(uint32_t smem, const void* global, bool valid) {
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(smem), "l"(global), "r"(bytes)
+               : "memory");
+}
+
+// The same with a policy of l2_policy.cuh. The L2 fetches `fetch` bytes around them, which pays where the
+// neighbours are read too.
+template <int fetch>
+__device__ __forceinline__ void cp_async_16(uint32_t smem, const void* global, bool valid, uint64_t policy) {
   static_assert(fetch == 128 || fetch == 256);
   const int bytes = valid ? 16 : 0;
   if constexpr (fetch == 128) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(smem), "l"(global), "r"(bytes)
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(smem),
+                 "l"(global), "r"(bytes), "l"(policy)
                  : "memory");
   } else {
-    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(smem), "l"(global), "r"(bytes)
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::256B [%0], [%1], 16, %2, %3;" ::"r"(smem),
+                 "l"(global), "r"(bytes), "l"(policy)
                  : "memory");
   }
 }
