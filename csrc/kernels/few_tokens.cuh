@@ -32,6 +32,7 @@ constexpr int kFewThreads = 256;
 constexpr int kFewProductThreads = 128;  // the first
 constexpr int kFewNormWarp = 5, kFewNormWarps = 2;
 constexpr int kFewCopyWarp = 7;           // the last
+constexpr int kFewEarly = 3;              // stages: of more the end of the kernel before would be slowed down
 constexpr int kFewMaxCluster = 8;         // what every GPU with clusters takes
 constexpr int kFewStride = kFewRows + 4;  // floats of a token's sums: its rows and its squares
 
@@ -165,14 +166,17 @@ struct FewProduct {
         share_box_2d(to, x_map, full(stage), k0 + i * kFewDepth, token, split.rank_0 << rank);
       }
     };
-    const int first = min(num_tiles, Shape::kStages);
+    const int first = min(num_tiles, Shape::kStages), early = min(first, kFewEarly);
     if (!p.early_weight) wait_for_previous_kernels();
 #pragma unroll 1
-    for (int i = 0; i < first; ++i) copy_weight(i, i);
+    for (int i = 0; i < early; ++i) copy_weight(i, i);
     if (p.early_weight) wait_for_previous_kernels();
     cluster_wait();  // x goes to the others' memory
 #pragma unroll 1
-    for (int i = 0; i < first; ++i) copy_x(i, i);
+    for (int i = 0; i < first; ++i) {
+      if (i >= early) copy_weight(i, i);
+      copy_x(i, i);
+    }
     RingPlace at;
 #pragma unroll 1
     for (int i = first; i < num_tiles; ++i, at.next(Shape::kStages)) {

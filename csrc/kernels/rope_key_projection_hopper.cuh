@@ -8,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 
 #include "common/cluster.cuh"
 #include "common/device.h"
@@ -96,24 +97,24 @@ struct HopperTurn {
 template <class T, int D>
 struct HeadRows {
   char* data;
-  int64_t page_stride, token_stride;  // bytes
+  int64_t page_stride, token_stride, head_stride;  // bytes; the last to the next head of the kind
 
-  HeadRows() = default;
   __device__ __forceinline__ HeadRows(const HeadOutputs& p, HeadId head, int lane) {
     constexpr int64_t kSize = sizeof(T);
     if (head.kind == HeadKind::kQuery) {
       data = static_cast<char*>(p.q_out) + (head.index * D + 8 * lane) * kSize;
-      page_stride = 0, token_stride = p.num_q_heads * D * kSize;
+      page_stride = 0, token_stride = p.num_q_heads * D * kSize, head_stride = D * kSize;
     } else {
       const PagedCache& cache = head.kind == HeadKind::kKey ? p.k_cache : p.v_cache;
       data = static_cast<char*>(cache.data) + (head.index * cache.head_stride + 8 * lane) * kSize;
       page_stride = cache.page_stride * kSize, token_stride = cache.token_stride * kSize;
+      head_stride = cache.head_stride * kSize;
     }
   }
 
   // offset: of a query, its token.
-  __device__ __forceinline__ T* at(int64_t page, int64_t offset) const {
-    return reinterpret_cast<T*>(data + page * page_stride + offset * token_stride);
+  __device__ __forceinline__ char* at(int64_t page, int64_t offset) const {
+    return data + page * page_stride + offset * token_stride;
   }
 };
 
@@ -122,6 +123,10 @@ struct HopperToken {
   int64_t position = -1, slot = -1;
 };
 
+// What a tile's heads are: all values, or all queries or all keys, stored in the projection's dtype; or
+// others, of which each head has to ask what it is.
+enum class HopperHeads { kValues, kRotated, kMixed };
+
 template <class T, int D, int kCols>
 struct HopperProjection {
   using Tile = HopperTile<kCols>;
@@ -129,6 +134,7 @@ struct HopperProjection {
 
   const RopeKeyProjectionParams& p;
   const HopperTiles tiles;
+  const int page_shift;  // log2 of the cache's page size, or -1 when it is no power of two
   // Shared memory. Barriers, the first of: stages full and empty, of the weight and of x, products of each
   // warpgroup ready; and one for the products' place, free.
   const uint32_t products, full, empty, x_full, x_empty, ready, free;
@@ -312,43 +318,65 @@ struct HopperProjection {
   // Four lanes have a row's heads, as HeadParts 4 * part + lane; a warp has eight rows at once. token: that
   // of look_up_first.
   __device__ __forceinline__ void finish(int number, HopperToken token) const {
-    const HopperTurn turn(tiles, number);
-    const bool is_last = number == turns - 1;
-    const int row_step = (is_last ? 11 : 3) * 8;
-    const int lane = threadIdx.x % 4;
-    const int first_head = turn.col_tile * kHeads;
+    const int first_head = HopperTurn(tiles, number).col_tile * kHeads;
     const int num_heads = p.heads.num_q_heads + 2 * p.heads.num_kv_heads;
-    const HeadKind first_kind = HeadId(p.heads, first_head).kind;
-    HeadKind kind = first_kind;
-    HeadPart<D> weights[kParts];
-    bool has_norm = load_norm(kind, weights);
+    const HeadKind first = HeadId(p.heads, first_head).kind;
+    const HeadKind last = HeadId(p.heads, first_head + kHeads - 1).kind;
     const bool keeps_dtype = p.heads.cache_dtype != DType::kE4M3 && p.heads.k_copy.data == nullptr &&
                              p.heads.k_scale == nullptr && p.heads.v_scale == nullptr;
-    HeadRows<T, D> rows[kHeads];
-#pragma unroll
-    for (int h = 0; h < kHeads; ++h) rows[h] = {p.heads, HeadId(p.heads, first_head + h), lane};
+    const bool alike =
+        first == last && first_head + kHeads <= num_heads && (first == HeadKind::kQuery || keeps_dtype);
+    if (!alike) {
+      finish_rows<HopperHeads::kMixed>(number, token, first, keeps_dtype);
+    } else if (first == HeadKind::kValue) {
+      finish_rows<HopperHeads::kValues>(number, token, first, true);
+    } else {
+      finish_rows<HopperHeads::kRotated>(number, token, first, true);
+    }
+    if (number < turns - 1) mbarrier_arrive(free);
+  }
+
+  // first_kind: of the tile's first head.
+  template <HopperHeads heads>
+  __device__ __forceinline__ void finish_rows(int number, HopperToken token, HeadKind first_kind,
+                                              bool keeps_dtype) const {
+    constexpr bool kMixed = heads == HopperHeads::kMixed;
+    const HopperTurn turn(tiles, number);
+    const int row_step = (number == turns - 1 ? 11 : 3) * 8;
+    const int lane = threadIdx.x % 4;
+    const int first_head = turn.col_tile * kHeads;
+    HeadKind kind = first_kind;
+    HeadPart<D> weights[kParts];
+    bool has_norm = false;
+    if constexpr (heads != HopperHeads::kValues) has_norm = load_norm(kind, weights);
+    const HeadRows<T, D> rows(p.heads, HeadId(p.heads, first_head), lane);
 #pragma unroll 1
     for (int first = first_row(); first < kHopperRows; first += row_step) {
       const int row = first + threadIdx.x % 32 / 4;
       const int64_t index = turn.row + row;
       const bool is_known = index_is_inside(token.position, p.heads.max_positions);
       HeadAngles<D> angles[kParts];
+      if constexpr (heads != HopperHeads::kValues) {
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        // When the first head is a value, all are.
-        angles[part] = {p.heads, first_kind, is_known ? token.position : -1, 4 * part + lane};
+        for (int part = 0; part < kParts; ++part) {
+          // When the first head is a value, all are.
+          angles[part] = {p.heads, first_kind, is_known ? token.position : -1, 4 * part + lane};
+        }
       }
-      const CacheRow cache_row(p.heads.cache, is_known ? token.slot : -1);
+      const CacheRow cache_row(p.heads.cache, is_known ? token.slot : -1, page_shift);
       token = look_up(turn, first + row_step);
+      const auto is_stored = [&](HeadKind kind) {
+        return index < p.num_tokens && (kind == HeadKind::kQuery || cache_row.is_inside());
+      };
+      const auto start_of = [&](const HeadRows<T, D>& rows, HeadKind kind) {
+        return rows.at(cache_row.page, kind == HeadKind::kQuery ? index : cache_row.offset);
+      };
+      char* const start = start_of(rows, first_kind);
+      const bool all_stored = is_stored(first_kind);
 
       mbarrier_wait(ready + first / 64 * 8, number & 1);
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) {
-        const HeadId head(p.heads, first_head + h);
-        const bool is_query = head.kind == HeadKind::kQuery, keeps_bits = is_query || keeps_dtype;
-        const bool is_stored =
-            index < p.num_tokens && first_head + h < num_heads && (is_query || cache_row.is_inside());
-        T* const to = rows[h].at(cache_row.page, is_query ? index : cache_row.offset);
         RawPart<T, D> raw[kParts];
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
@@ -358,49 +386,67 @@ struct HopperProjection {
                 load_shared_16(products_at(row, h * (D / 8) + i * (D / 16) + 4 * part + lane));
           }
         }
-        if (head.kind == HeadKind::kValue && keeps_bits) {
-#pragma unroll
-          for (int part = 0; part < kParts; ++part) {
-            if (is_stored) raw[part].store(to + 32 * part);
-          }
-          continue;
-        }
-
-        HeadPart<D> x[kParts];
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) x[part] = raw[part].unpack();
-        if (head.kind != HeadKind::kValue) {
-          if (head.kind != kind) {
+        if constexpr (kMixed) {
+          const HeadId head(p.heads, first_head + h);
+          const int num_heads = p.heads.num_q_heads + 2 * p.heads.num_kv_heads;
+          if (head.kind != kind && head.kind != HeadKind::kValue) {
             kind = head.kind;
             has_norm = load_norm(kind, weights);
           }
-          float squares = 0.f;
-#pragma unroll
-          for (int part = 0; part < kParts; ++part) squares += sum_of_squares(x[part]);
-          const float mean = sum_over_lanes<4>(squares) / D;
-          const float scale = has_norm ? rsqrtf(mean + p.heads.eps) : 1.f;
+          HeadPart<D> x[kParts];
+          rotate_head(x, raw, weights, has_norm, angles, head.kind != HeadKind::kValue);
+          if (first_head + h >= num_heads || !is_stored(head.kind)) continue;
+          HeadStore<T, D> store;
+          const bool keeps_bits = keeps_dtype || head.kind == HeadKind::kQuery;
+          if (!keeps_bits) store = {p.heads, head, index, cache_row, lane};
+          T* const to = reinterpret_cast<T*>(start_of(HeadRows<T, D>(p.heads, head, lane), head.kind));
 #pragma unroll
           for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-            for (int i = 0; i < 16; ++i) x[part][i] *= scale * weights[part][i];
-            rotate(x[part], angles[part], p.heads.interleaved);
+            if (keeps_bits) {
+              x[part].store(to + 32 * part);
+            } else {
+              store.store(x[part]);
+              store.skip_channels(32);
+            }
           }
-        }
-        if (!is_stored) continue;
-        HeadStore<T, D> store;
-        if (!keeps_bits) store = {p.heads, head, index, cache_row, lane};
+        } else {
+          T* const to = reinterpret_cast<T*>(start + h * rows.head_stride);
+          if constexpr (heads == HopperHeads::kValues) {
 #pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-          if (keeps_bits) {
-            x[part].store(to + 32 * part);
+            for (int part = 0; part < kParts; ++part) {
+              if (all_stored) raw[part].store(to + 32 * part);
+            }
           } else {
-            store.store(x[part]);
-            store.skip_channels(32);
+            HeadPart<D> x[kParts];
+            rotate_head(x, raw, weights, has_norm, angles, true);
+#pragma unroll
+            for (int part = 0; part < kParts; ++part) {
+              if (all_stored) x[part].store(to + 32 * part);
+            }
           }
         }
       }
     }
-    if (!is_last) mbarrier_arrive(free);
+  }
+
+  // rotates: else it is a value, and only unpacked.
+  __device__ __forceinline__ void rotate_head(HeadPart<D> (&x)[kParts], const RawPart<T, D> (&raw)[kParts],
+                                              HeadPart<D> (&weights)[kParts], bool has_norm,
+                                              const HeadAngles<D> (&angles)[kParts], bool rotates) const {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) x[part] = raw[part].unpack();
+    if (!rotates) return;
+    float squares = 0.f;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) squares += sum_of_squares(x[part]);
+    const float mean = sum_over_lanes<4>(squares) / D;
+    const float scale = has_norm ? rsqrtf(mean + p.heads.eps) : 1.f;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) x[part][i] *= scale * weights[part][i];
+      rotate(x[part], angles[part], p.heads.interleaved);
+    }
   }
 };
 
@@ -408,7 +454,8 @@ template <class T, int D, int kCols>
 __global__ void __launch_bounds__(kHopperThreads, 1)
     rope_key_projection_hopper_kernel(const __grid_constant__ RopeKeyProjectionParams p,
                                       const __grid_constant__ CUtensorMap x_map,
-                                      const __grid_constant__ CUtensorMap weight_map, HopperTiles tiles) {
+                                      const __grid_constant__ CUtensorMap weight_map, HopperTiles tiles,
+                                      int page_shift) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Tile = HopperTile<kCols>;
   using Projection = HopperProjection<T, D, kCols>;
@@ -417,6 +464,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
       x_empty[Tile::kXStages], ready[2], free;
   const Projection projection{p,
                               tiles,
+                              page_shift,
                               (smem_address(smem) + 1023) / 1024 * 1024,
                               smem_address(full),
                               smem_address(empty),
@@ -489,9 +537,11 @@ cudaError_t launch_hopper_tile(const RopeKeyProjectionParams& p, cudaStream_t st
 
   const HopperTiles tiles{static_cast<int>((tokens + Tile::kClusterRows - 1) / Tile::kClusterRows),
                           static_cast<int>((cols + kCols - 1) / kCols)};
+  const unsigned page_size = p.heads.cache.page_size;
   const dim3 grid(std::min(sms / kHopperCtas, tiles.row_tiles * tiles.col_tiles) * kHopperCtas);
   return launch_overlapping_clusters(kernel, kHopperCtas, grid, kHopperThreads, Tile::kSmemBytes, stream, p,
-                                     x_map, weight_map, tiles);
+                                     x_map, weight_map, tiles,
+                                     std::has_single_bit(page_size) ? std::countr_zero(page_size) : -1);
 }
 
 // Whether the GPU would run the kernel and not its stand-in: only the machine code for sm_90a has barriers in

@@ -142,9 +142,14 @@ struct CacheRow {
   int64_t page;  // -1: not inside the cache
   int64_t offset;
 
-  __device__ __forceinline__ CacheRow(const CacheGeometry& cache, int64_t slot) : page(-1), offset(0) {
-    if (index_is_inside(slot, cache.num_pages * cache.page_size)) {
-      const uint64_t index = slot, page_size = cache.page_size;
+  // page_shift: log2 of the page size, which saves the division, or -1.
+  __device__ __forceinline__ CacheRow(const CacheGeometry& cache, int64_t slot, int page_shift = -1)
+      : page(-1), offset(0) {
+    if (!index_is_inside(slot, cache.num_pages * cache.page_size)) return;
+    const uint64_t index = slot, page_size = cache.page_size;
+    if (page_shift >= 0) {
+      page = index >> page_shift, offset = index & (page_size - 1);
+    } else {
       page = index / page_size, offset = index % page_size;
     }
   }
