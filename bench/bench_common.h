@@ -129,6 +129,7 @@ constexpr DType dtype_of() {
   if constexpr (std::is_same_v<T, __half>) return DType::kF16;
   if constexpr (std::is_same_v<T, __nv_bfloat16>) return DType::kBF16;
   if constexpr (std::is_same_v<T, __nv_fp8_e4m3>) return DType::kE4M3;
+  if constexpr (std::is_same_v<T, float>) return DType::kF32;
 }
 
 template <class T>

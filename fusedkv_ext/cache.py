@@ -388,16 +388,11 @@ class PagedKVCache:
 
         Args:
             rows: int64 [B], different rows.
-            active: bool [B]; a row that is not active is neither written nor read nor advanced.
+            active: bool [B]; a row that is not active, or full, is neither written nor read nor advanced.
         """
-        before = self.seq_lens[rows]
-        table = self.block_table[rows]
-        page = (before // self.page_size).clamp(max=table.shape[1] - 1).long()
-        page = table.gather(1, page[:, None])[:, 0].long()
-        written = page >= 0 if active is None else (page >= 0) & active
-        slots = torch.where(written, page * self.page_size + before % self.page_size, -1)
-        seq_lens = torch.where(written, before + 1, 0)
-        return DecodeStep(self, before, slots, rows, table, seq_lens, before + written.int())
+        places = ops.decode_places(self.seq_lens, self.block_table, rows, active, self.page_size)
+        positions, slots, table, seq_lens, lengths = places
+        return DecodeStep(self, positions, slots, rows, table, seq_lens, lengths)
 
     def last_token_step(self, rows: Tensor) -> DecodeStep:
         """The step that attends again from the last token of each row and writes nothing."""

@@ -19,6 +19,7 @@ BLOCK_TOKENS = 64  # tokens of one work unit of fused_attention
 MOST_ITEM_COST = 2  # blocks that a sequence counts for besides its own in the split of the work
 BLOCK_ROWS = 64  # query rows (heads of a group x query tokens) that one work unit serves
 MAX_WORKERS = 192  # CTAs of fused_attention
+DONE = -1  # what a finished sequence emits
 
 
 def head_rows(num_query_tokens: int, num_query_heads: int, num_kv_heads: int) -> int:
@@ -338,6 +339,43 @@ def swiglu_linear(x, weight, input_norm=None, eps=1e-6, early_weight=False) -> N
     c.expect(rows % 2 == 0, "weight", "2 * I rows", rows)
     if input_norm is not None:
         c.tensor("input_norm", input_norm, (x.dtype,), (x.shape[1],))
+
+
+def decode_places(seq_lens, block_table, rows, active, page_size) -> None:
+    c = Checker("decode_places", seq_lens.device)
+    c.tensor("seq_lens", seq_lens, (torch.int32,), (None,))
+    c.tensor("block_table", block_table, (torch.int32,), (seq_lens.shape[0], None))
+    c.expect(block_table.numel() > 0, "block_table", "at least one row and one page", list(block_table.shape))
+    c.tensor("rows", rows, (torch.int64,), (None,))
+    if active is not None:
+        c.tensor("active", active, (torch.bool,), (rows.shape[0],))
+    c.expect(1 <= page_size < 2**31, "page_size", "1 to 2^31 - 1", page_size)
+
+
+def largest_token(logits) -> None:
+    c = Checker("largest_token", logits.device)
+    c.tensor("logits", logits, FLOATS, (None, None))
+    c.expect(1 <= logits.shape[1] <= 2**30, "logits", "1 to 2^30 tokens", logits.shape[1])
+
+
+def accept_tokens(
+    chosen, stop_tokens, active, tokens, emitted, count, seq_lens=None, rows=None, lengths=None
+) -> None:
+    c = Checker("accept_tokens", chosen.device)
+    c.tensor("chosen", chosen, (torch.int64,), (None,))
+    (batch,) = chosen.shape
+    c.tensor("stop_tokens", stop_tokens, (torch.int64,), (None,))
+    c.tensor("active", active, (torch.bool,), (batch,))
+    c.tensor("tokens", tokens, (torch.int64,), (batch,))
+    c.tensor("emitted", emitted, (torch.int64,), (None, batch))
+    c.contiguous("emitted", emitted)
+    c.tensor("count", count, (torch.int64,), (1,))
+    given = sum(x is not None for x in (seq_lens, rows, lengths))
+    c.expect(given in (0, 3), "seq_lens, rows, lengths", "all or none of them", f"{given} of 3")
+    if seq_lens is not None:
+        c.tensor("seq_lens", seq_lens, (torch.int32,), (None,))
+        c.tensor("rows", rows, (torch.int64,), (batch,))
+        c.tensor("lengths", lengths, (torch.int32,), (batch,))
 
 
 def attention_schedule(

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedkv_ext.cache import PagedKVCache
-from fusedkv_ext.checks import expect, integer
+from fusedkv_ext import ops
+from fusedkv_ext.cache import DecodeStep, PagedKVCache
+from fusedkv_ext.checks import DONE, expect, integer
 from fusedkv_ext.model import PREFILL_CHUNK, FusedKVForCausalLM
 
 Prompts = Sequence[Sequence[int] | Tensor]
-DONE = -1  # what a finished sequence emits
-SAMPLE_BLOCK = 1024  # tokens whose probabilities are summed, or compared, before the blocks are
+SAMPLE_BLOCK = 1024  # tokens whose probabilities are summed before the blocks are
 COLDEST = 1e-30  # a temperature at which no logit but the largest counts, and whose inverse is finite
 
 
@@ -72,17 +72,17 @@ class Sampling:
         expect(share, "generate", "top_p", "None or above 0 and at most 1", repr(self.top_p))
 
 
-def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
+def sample(logits: Tensor, sampling: Sampling, uniform: Tensor | None = None) -> Tensor:
     """Choose a token from each row of logits [B, vocab] by inverting the distribution at uniform [B].
 
-    uniform: float32 in [0, 1). Returns int64 [B]. Device work only, fit for a CUDA graph. Only top_p without
-    top_k sorts the vocabulary.
+    uniform: float32 in [0, 1); not read at temperature 0. Returns int64 [B]. Device work only, fit for a CUDA
+    graph. Only top_p without top_k sorts the vocabulary.
 
     The distribution is summed in integers, which no order of additions changes: the same logits and the same
     uniform give the same token in every run, and no token of probability 0 is ever chosen.
     """
     if sampling.temperature == 0:
-        return _largest_place(logits)
+        return ops.largest_token(logits)
     vocab = logits.shape[-1]
     logits = logits.float()
     logits = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, COLDEST)
@@ -99,16 +99,6 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
         weights = weights.masked_fill((cumulative - weights).double() >= enough, 0)
     choice = _invert(weights, uniform)
     return (choice if order is None else order.gather(-1, choice))[:, 0]
-
-
-def _largest_place(x: Tensor) -> Tensor:
-    """argmax over the last dimension of [B, N], of blocks and then among them: a search along few long rows
-    leaves most of a GPU idle."""
-    if rest := -x.shape[-1] % SAMPLE_BLOCK:
-        x = F.pad(x, (0, rest), value=float("-inf"))
-    values, places = x.unflatten(-1, (-1, SAMPLE_BLOCK)).max(-1)
-    block = values.argmax(-1, keepdim=True)
-    return (block * SAMPLE_BLOCK + places.gather(-1, block))[:, 0]
 
 
 def _largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -186,21 +176,21 @@ class Decoder:
         self.host = torch.empty(uniforms.shape, dtype=torch.int64, pin_memory=pinned)
 
     @torch.no_grad()
-    def accept(self, logits: Tensor) -> None:
-        """Choose the next tokens and finish the sequences that stop."""
-        chosen = sample(logits, self.sampling, self.uniforms.index_select(0, self.count)[0])
-        self.active &= (chosen[:, None] != self.stop_tokens).all(-1)
-        self.tokens.copy_(torch.where(self.active, chosen, self.tokens))
-        self.emitted.index_copy_(0, self.count, torch.where(self.active, chosen, DONE)[None])
-        self.count += 1
+    def accept(self, logits: Tensor, step: DecodeStep | None = None) -> None:
+        """Choose the next tokens, finish the sequences that stop, and commit the decode step, if any."""
+        greedy = self.sampling.temperature == 0
+        uniform = None if greedy else self.uniforms.index_select(0, self.count)[0]
+        chosen = sample(logits, self.sampling, uniform)
+        state = (self.active, self.tokens, self.emitted, self.count)
+        lengths = () if step is None else (self.cache.seq_lens, step.rows, step.lengths)
+        ops.accept_tokens(chosen, self.stop_tokens, *state, *lengths)
 
     @torch.no_grad()
     def advance(self) -> None:
         """One decode step: append `tokens` to the cache, and choose those that follow."""
         step = self.cache.decode_step(self.rows, self.active)
         logits = self.model.decode_step(self.tokens, step)
-        step.commit()
-        self.accept(logits)
+        self.accept(logits, step)
 
     def capture(self) -> None:
         """Capture `advance`; the warm-up runs with every sequence inactive, so it leaves no trace."""

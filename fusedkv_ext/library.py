@@ -34,6 +34,12 @@ SCHEMAS = (
     "linear_add(Tensor(a!) out, Tensor x, Tensor weight, bool early_weight=False) -> ()",
     "swiglu_linear(Tensor x, Tensor weight, Tensor? input_norm=None, float eps=1e-6,"
     " bool early_weight=False) -> Tensor",
+    "decode_places(Tensor seq_lens, Tensor block_table, Tensor rows, Tensor? active, int page_size)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "largest_token(Tensor logits) -> Tensor",
+    "accept_tokens(Tensor chosen, Tensor stop_tokens, Tensor(a!) active, Tensor(b!) tokens,"
+    " Tensor(c!) emitted, Tensor(d!) count, Tensor(e!)? seq_lens=None, Tensor? rows=None,"
+    " Tensor? lengths=None) -> ()",
     "attention_schedule(Tensor seq_lens, int max_seq_len, int num_query_tokens, int num_query_heads,"
     " int num_kv_heads, int window=0) -> Tensor",
     "fused_attention(Tensor q, Tensor[] k_sources, Tensor[] v_sources, Tensor? key_weights,"
@@ -81,6 +87,19 @@ def _fake_swiglu_linear(x, weight, input_norm=None, eps=1e-6, early_weight=False
     return x.new_empty(x.shape[0], weight.shape[0] // 2)
 
 
+def _fake_decode_places(seq_lens, block_table, rows, active, page_size):
+    checks.decode_places(seq_lens, block_table, rows, active, page_size)
+    (batch,) = rows.shape
+    table = block_table.new_empty(batch, block_table.shape[1])
+    positions, lens, lengths = (seq_lens.new_empty(batch) for _ in range(3))
+    return positions, rows.new_empty(batch), table, lens, lengths
+
+
+def _fake_largest_token(logits):
+    checks.largest_token(logits)
+    return logits.new_empty(logits.shape[0], dtype=torch.int64)
+
+
 def _fake_attention_schedule(
     seq_lens, max_seq_len, num_query_tokens, num_query_heads, num_kv_heads, window=0
 ):
@@ -103,6 +122,8 @@ _FAKES = {
     "fuse_kv_backward": _fake_fuse_kv_backward,
     "swiglu": _fake_swiglu,
     "swiglu_linear": _fake_swiglu_linear,
+    "decode_places": _fake_decode_places,
+    "largest_token": _fake_largest_token,
     "attention_schedule": _fake_attention_schedule,
     "fused_attention": _fake_fused_attention,
 }

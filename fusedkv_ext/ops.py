@@ -352,6 +352,78 @@ def swiglu_linear(
     return _ops.swiglu_linear(x, weight, input_norm, eps, early_weight)
 
 
+def decode_places(
+    seq_lens: Tensor, block_table: Tensor, rows: Tensor, active: Tensor | None, page_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Where a decode step writes the new token of each sequence, and what it attends to.
+
+    Args:
+        seq_lens: int32 [R], the tokens of each row of the cache.
+        block_table: int32 [R, max_pages], the pages of each row in order, -1 where it has none.
+        rows: int64 [B], the rows of the sequences. One outside [0, R) counts as empty and without pages.
+        active: bool [B], or None for all.
+        page_size: tokens a page.
+
+    Returns:
+        (positions, slot_mapping, table, lens, lengths): int32 [B], where the new token stands; int64 [B], its
+        slot, -1 if it is not written because its sequence is not active or has no page for it; int32
+        [B, max_pages], the rows of block_table; int32 [B], the tokens to attend to, 0 if it is not written;
+        int32 [B], the tokens of the row after the step.
+
+    Raises:
+        ValueError: a device, dtype, shape, stride or number that does not fit.
+    """
+    return _ops.decode_places(seq_lens, block_table, rows, active, page_size)
+
+
+def largest_token(logits: Tensor) -> Tensor:
+    """The place of the largest of each row, of equals the first; NaN is larger than all numbers.
+
+    Args:
+        logits: [B, vocab], vocab at least 1; on CUDA float16, bfloat16 or float32.
+
+    Returns:
+        int64 [B].
+
+    Raises:
+        ValueError: a dtype, shape or stride that does not fit.
+    """
+    return _ops.largest_token(logits)
+
+
+def accept_tokens(
+    chosen: Tensor,
+    stop_tokens: Tensor,
+    active: Tensor,
+    tokens: Tensor,
+    emitted: Tensor,
+    count: Tensor,
+    seq_lens: Tensor | None = None,
+    rows: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> None:
+    """Take the chosen tokens, finish the sequences that stop, and count the step, in one launch.
+
+        active &= chosen is no stop token,   tokens[active] = chosen[active]
+        emitted[count] = chosen where active, else -1,   count += 1,   seq_lens[rows] = lengths
+
+    Args:
+        chosen: int64 [B].
+        stop_tokens: int64 [any number].
+        active: bool [B], mutated.
+        tokens: int64 [B], mutated.
+        emitted: int64 [steps, B] contiguous, mutated; not at all with a count outside [0, steps).
+        count: int64 [1], mutated.
+        seq_lens: int32 [R], mutated; None, with rows and lengths, to leave lengths alone.
+        rows: int64 [B], different ones; one outside [0, R) is skipped.
+        lengths: int32 [B].
+
+    Raises:
+        ValueError: a device, dtype, shape or stride that does not fit.
+    """
+    _ops.accept_tokens(chosen, stop_tokens, active, tokens, emitted, count, seq_lens, rows, lengths)
+
+
 def attention_schedule(
     seq_lens: Tensor,
     max_seq_len: int,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fusedkv_ext.checks import BLOCK_TOKENS
+from fusedkv_ext.checks import BLOCK_TOKENS, DONE
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -252,6 +252,47 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     grad, sigmoid = _wide(grad), gate.sigmoid()
     grad_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
     return torch.cat((grad_gate, grad * gate * sigmoid), -1).to(gate_up.dtype)
+
+
+def decode_places(
+    seq_lens: Tensor, block_table: Tensor, rows: Tensor, active: Tensor | None, page_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    known = (rows >= 0) & (rows < seq_lens.shape[0])
+    rows = torch.where(known, rows, 0)
+    positions = torch.where(known, seq_lens[rows], 0)
+    table = torch.where(known[:, None], block_table[rows], -1)
+    column = (positions // page_size).long()
+    page = table.gather(1, column.clamp(0, table.shape[1] - 1)[:, None])[:, 0].long()
+    written = (positions >= 0) & (column < table.shape[1]) & (page >= 0)
+    if active is not None:
+        written &= active
+    slot_mapping = torch.where(written, page * page_size + positions % page_size, -1)
+    return positions, slot_mapping, table, torch.where(written, positions + 1, 0), positions + written.int()
+
+
+def largest_token(logits: Tensor) -> Tensor:
+    return logits.argmax(-1)
+
+
+def accept_tokens(
+    chosen: Tensor,
+    stop_tokens: Tensor,
+    active: Tensor,
+    tokens: Tensor,
+    emitted: Tensor,
+    count: Tensor,
+    seq_lens: Tensor | None = None,
+    rows: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> None:
+    active &= (chosen[:, None] != stop_tokens).all(-1)
+    tokens.copy_(torch.where(active, chosen, tokens))
+    if 0 <= (step := int(count)) < emitted.shape[0]:
+        emitted[step] = torch.where(active, chosen, DONE)
+    count += 1
+    if seq_lens is not None:
+        known = (rows >= 0) & (rows < seq_lens.shape[0])
+        seq_lens[rows[known]] = lengths[known]
 
 
 def attention_schedule(

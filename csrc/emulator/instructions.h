@@ -271,6 +271,8 @@ inline void mbarrier_arrive_at(uint32_t barrier, uint32_t rank) {
 }
 inline void mbarrier_wait_for_cluster(uint32_t barrier, uint32_t parity) { mbarrier_wait(barrier, parity); }
 
+inline void store_8_in_cluster(uint32_t to, uint64_t value) { std::memcpy(shared_pointer(to, 8), &value, 8); }
+
 inline void store_in_cluster(uint32_t to, uint32_t barrier, float4 value, bool valid) {
   if (!valid) return;
   char* const there = shared_pointer(to, 16);

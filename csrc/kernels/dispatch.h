@@ -25,6 +25,12 @@ cudaError_t dispatch_half(DType dtype, F&& f) {
   }
 }
 
+// The same, or float.
+template <class F>
+cudaError_t dispatch_float(DType dtype, F&& f) {
+  return dtype == DType::kF32 ? f(Type<float>{}) : dispatch_half(dtype, f);
+}
+
 // Calls f(Type<T>{}, Type<C>{}) with the element type and the cache's: the same, or e4m3.
 template <class F>
 cudaError_t dispatch_half_and_cache(DType dtype, DType cache_dtype, F&& f) {

@@ -25,6 +25,10 @@ cudaError_t run_fuse_kv_backward(const FuseKvBackwardParams& params, cudaStream_
 
 cudaError_t run_swiglu(const SwigluParams& params, cudaStream_t stream);
 
+cudaError_t run_decode_places(const DecodePlacesParams& params, cudaStream_t stream);
+cudaError_t run_largest_token(const LargestTokenParams& params, cudaStream_t stream);
+cudaError_t run_accept_tokens(const AcceptTokensParams& params, cudaStream_t stream);
+
 // Kernels for few tokens (any number is right) that only Hopper has; elsewhere they are the library's work.
 bool has_few_token_kernels();
 cudaError_t run_linear_add(const LinearAddParams& params, cudaStream_t stream);

@@ -14,7 +14,7 @@ constexpr int kBlockTokens = 64;  // tokens of one work unit of fused_attention
 constexpr int kMostItemCost = 2;  // blocks that a sequence counts for besides its own: see schedule.cuh
 constexpr int kBlockRows = 64;    // query rows (heads of a group x query tokens) that one work unit serves
 
-enum class DType { kF16, kBF16, kE4M3 };
+enum class DType { kF16, kBF16, kE4M3, kF32 };
 
 // A cache of one layer's keys or values: [num_pages, page_size, Hkv, D].
 struct PagedCache {
@@ -164,6 +164,48 @@ struct SwigluParams {
   const void* gate_up;  // [rows, 2 * I]: gate, then up
   int64_t row_stride;
   void* out;  // [rows, I] contiguous
+};
+
+// A row of the block table outside [0, num_rows) is as one without pages.
+struct DecodePlacesParams {
+  int64_t batch, num_rows;
+  int max_pages, page_size;
+  const int* seq_lens;     // [num_rows]
+  const int* block_table;  // [num_rows, max_pages]
+  int64_t block_table_stride;
+  const int64_t* rows;    // [B]
+  const bool* active;     // [B] or null: all are
+  int* positions;         // [B]
+  int64_t* slot_mapping;  // [B]
+  int* table;             // [B, max_pages] contiguous
+  int* lens;              // [B]
+  int* lengths;           // [B]
+};
+
+struct LargestTokenParams {
+  DType dtype;  // f16, bf16 or f32
+  int64_t batch;
+  int vocab;           // 1 to kMostVocab
+  const void* logits;  // [B, vocab]
+  int64_t row_stride;
+  int64_t* out;  // [B]
+};
+constexpr int kMostVocab = 1 << 30;
+
+constexpr int64_t kDone = -1;  // what a finished sequence emits
+
+struct AcceptTokensParams {
+  int64_t batch, steps, num_stop_tokens;
+  const int64_t* chosen;       // [B]
+  const int64_t* stop_tokens;  // [num_stop_tokens]
+  bool* active;                // [B]
+  int64_t* tokens;             // [B]
+  int64_t* emitted;            // [steps, B] contiguous
+  int64_t* count;              // [1]; outside [0, steps) nothing is emitted
+  int* seq_lens;               // [num_rows] or null: seq_lens[rows] = lengths, but for rows outside
+  int64_t num_rows;
+  const int64_t* rows;  // [B]
+  const int* lengths;   // [B]
 };
 
 // Words of a schedule of fused_attention, see schedule.cuh: B + 1 cumulative counts of 64-token blocks,

@@ -28,8 +28,10 @@ inline constexpr int64_t kAny = -1;  // in a shape: any size
 inline constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
 
 inline constexpr std::array kHalf = {at::kHalf, at::kBFloat16};
+inline constexpr std::array kHalfOrFloat = {at::kHalf, at::kBFloat16, at::kFloat};
 inline constexpr std::array kFloat = {at::kFloat};
 inline constexpr std::array kE4M3 = {at::kFloat8_e4m3fn};
+inline constexpr std::array kBool = {at::kBool};
 inline constexpr std::array kInt32 = {at::kInt};
 inline constexpr std::array kInt64 = {at::kLong};
 inline constexpr std::array kIndex = {at::kInt, at::kLong};
@@ -56,6 +58,8 @@ inline std::string dtype_name(at::ScalarType dtype) {
       return "float64";
     case at::kFloat8_e4m3fn:
       return "float8_e4m3fn";
+    case at::kBool:
+      return "bool";
     case at::kInt:
       return "int32";
     case at::kLong:
@@ -88,6 +92,7 @@ inline std::string shape_name(at::IntArrayRef shape) {
 // For dtypes that a check has let through.
 inline DType kernel_dtype(const at::Tensor& x) {
   if (x.scalar_type() == at::kHalf) return DType::kF16;
+  if (x.scalar_type() == at::kFloat) return DType::kF32;
   return x.scalar_type() == at::kBFloat16 ? DType::kBF16 : DType::kE4M3;
 }
 

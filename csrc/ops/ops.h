@@ -54,6 +54,16 @@ void linear_add(const at::Tensor& out, const at::Tensor& x, const at::Tensor& we
 at::Tensor swiglu_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& input_norm,
                          double eps, bool early_weight);
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> decode_places(
+    const at::Tensor& seq_lens, const at::Tensor& block_table, const at::Tensor& rows,
+    const OptionalTensor& active, int64_t page_size);
+
+at::Tensor largest_token(const at::Tensor& logits);
+
+void accept_tokens(const at::Tensor& chosen, const at::Tensor& stop_tokens, const at::Tensor& active,
+                   const at::Tensor& tokens, const at::Tensor& emitted, const at::Tensor& count,
+                   const OptionalTensor& seq_lens, const OptionalTensor& rows, const OptionalTensor& lengths);
+
 at::Tensor attention_schedule(const at::Tensor& seq_lens, int64_t max_seq_len, int64_t num_query_tokens,
                               int64_t num_query_heads, int64_t num_kv_heads, int64_t window);
 

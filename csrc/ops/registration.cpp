@@ -15,6 +15,9 @@ TORCH_LIBRARY_IMPL(fusedkv, CUDA, m) {
   m.impl("swiglu", &fusedkv::ops::swiglu);
   m.impl("linear_add", &fusedkv::ops::linear_add);
   m.impl("swiglu_linear", &fusedkv::ops::swiglu_linear);
+  m.impl("decode_places", &fusedkv::ops::decode_places);
+  m.impl("largest_token", &fusedkv::ops::largest_token);
+  m.impl("accept_tokens", &fusedkv::ops::accept_tokens);
   m.impl("attention_schedule", &fusedkv::ops::attention_schedule);
   m.impl("fused_attention", &fusedkv::ops::fused_attention);
 }

@@ -37,6 +37,12 @@ __device__ __forceinline__ void store_in_cluster(uint32_t to, uint32_t barrier, 
       : "memory");
 }
 
+// Stores to another CTA's memory, at an address of address_in_cluster; the cluster's barrier makes it
+// visible.
+__device__ __forceinline__ void store_8_in_cluster(uint32_t to, uint64_t value) {
+  asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(to), "l"(value) : "memory");
+}
+
 // As mbarrier_wait, for what other CTAs of the cluster have stored.
 __device__ __forceinline__ void mbarrier_wait_for_cluster(uint32_t barrier, uint32_t parity) {
   uint32_t ended;
