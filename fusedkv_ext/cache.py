@@ -224,7 +224,7 @@ class PagedKVCache:
         if kept is None:
             keys, values = {**self.keys, **self.key_copies}, {**self.values, **self.value_copies}
             keys, values = [keys[i] for i in plan.key_sources], [values[i] for i in plan.value_sources]
-            kept = Sources(plan.sources, keys, values, self.config.plan.rereads(plan.sources))
+            kept = Sources(plan.sources, keys, values, plan.sources in self.config.plan.reread_sources)
         kept.key_weights = _keep(kept.key_weights, key_weights)
         kept.value_weights = _keep(kept.value_weights, value_weights)
         kept.stale = False
@@ -239,7 +239,7 @@ class PagedKVCache:
     def own(self, layer: int) -> Sources:
         """What the attention of a storage layer reads; raises ValueError as `scales`."""
         # The layers above may read a copy instead.
-        reread = self.config.plan.rereads((layer,)) and layer not in self.key_copies
+        reread = (layer,) in self.config.plan.reread_sources and layer not in self.key_copies
         sources = Sources((layer,), [self.keys[layer]], [self.values[layer]], reread)
         if self.keys[layer].dtype == torch.float8_e4m3fn:
             k_scale, v_scale = self.scales(layer)

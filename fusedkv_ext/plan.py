@@ -95,10 +95,11 @@ class CrossLayerPlan:
         """
         return self.storage_layers[-1]
 
-    def rereads(self, sources: tuple[int, ...]) -> bool:
-        """Whether right after a layer that reads these there is one that reads some of them."""
+    @cached_property
+    def reread_sources(self) -> frozenset[tuple[int, ...]]:
+        """The sources of each layer right after which a layer reads some of them again."""
         pairs = zip(self.layers, self.layers[1:], strict=False)
-        return any(a.sources == sources and not set(sources).isdisjoint(b.sources) for a, b in pairs)
+        return frozenset(a.sources for a, b in pairs if not set(a.sources).isdisjoint(b.sources))
 
     # Factories. `n` is the number of storage layers, half of all layers unless given.
 
