@@ -50,14 +50,6 @@ inline float reciprocal(float x) { return 1.0f / x; }
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float clamp_to_f16(float x) { return std::isnan(x) ? x : std::min(std::max(x, -65504.f), 65504.f); }
 
-inline void e4m3_to_f16(uint32_t x, uint32_t& low, uint32_t& high) {
-  const auto convert = [](uint32_t pair) {
-    const __half2_raw y = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3);
-    return y.x | uint32_t{y.y} << 16;
-  };
-  low = convert(x & 0xffffu), high = convert(x >> 16);
-}
-
 // ------------------------------------------------------------------------------- kernels before and after
 
 inline void wait_for_previous_kernels() {}

@@ -13,8 +13,8 @@
 namespace fusedkv {
 
 constexpr int kMaxStages = 6;
-constexpr int kRowAlignment = 256;  // the widest row
-constexpr float kLeastKept = 1.f / 16;
+constexpr int kRowAlignment = 256;      // the widest row
+constexpr float kLeastKept = 1.f / 16;  // of the sources: to keep less saves less than it costs the rest
 
 // Strides of the caches of one side in bytes, where they fit: 64-bit products are several instructions.
 struct ByteStrides {
@@ -180,7 +180,7 @@ struct BlockCursor : BlockPlace {
   }
 };
 
-// How long the L2 keeps the sources. To keep a small part saves less than it costs the rest.
+// How long the L2 keeps the sources.
 __device__ __forceinline__ uint64_t source_policy(const AttentionParams& p) {
   if (p.kept_blocks == 0.f) return stream_policy();
   const float share = __fdividef(p.kept_blocks, max(1, p.schedule[p.batch]));

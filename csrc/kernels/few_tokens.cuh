@@ -32,7 +32,7 @@ constexpr int kFewThreads = 256;
 constexpr int kFewProductThreads = 128;  // the first
 constexpr int kFewNormWarp = 5, kFewNormWarps = 2;
 constexpr int kFewCopyWarp = 7;           // the last
-constexpr int kFewEarly = 3;              // stages: of more the end of the kernel before would be slowed down
+constexpr int kFewEarly = 3;              // stages asked for early: more would hold up the kernel before
 constexpr int kFewMaxCluster = 8;         // what every GPU with clusters takes
 constexpr int kFewStride = kFewRows + 4;  // floats of a token's sums: its rows and its squares
 

@@ -102,7 +102,7 @@ __device__ __forceinline__ void share_box_2d(uint32_t smem, const CUtensorMap& m
       : "memory");
 }
 
-// The same in five dimensions of what is read once and not soon again: the L2 drops it before anything else.
+// A copy in five dimensions of what is read once and not soon again: see stream_policy().
 __device__ __forceinline__ void stream_box_5d(uint32_t smem, const CUtensorMap& map, uint32_t barrier, int x0,
                                               int x1, int x2, int x3, int x4) {
   asm volatile(
@@ -112,8 +112,8 @@ __device__ __forceinline__ void stream_box_5d(uint32_t smem, const CUtensorMap& 
       : "memory");
 }
 
-// The same to the first `ctas` CTAs of the cluster: to the same address of each, counted by the barrier at
-// the same address of each.
+// One without a policy, to the first `ctas` CTAs of the cluster: to the same address of each, counted by the
+// barrier at the same address of each.
 template <int ctas>
 __device__ __forceinline__ void copy_box_5d(uint32_t smem, const CUtensorMap& map, uint32_t barrier, int x0,
                                             int x1, int x2, int x3, int x4) {

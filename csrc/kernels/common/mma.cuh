@@ -103,11 +103,17 @@ __device__ __forceinline__ void e4m3_to_f16(uint32_t x, uint32_t& low, uint32_t&
       : "=r"(low), "=r"(high)
       : "r"(x));
 #else
-  const auto convert = [](uint32_t pair) {
-    const __half2_raw y = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3);
-    return y.x | uint32_t(y.y) << 16;
+  const auto convert = [](uint32_t pair) {  // a byte in the upper half of each 16 bits
+    // As f16 these bits are too small by 2^8; and NaN is 480, whose exponent lacks one bit of a NaN's.
+    const uint32_t magnitude = (pair & 0x7f007f00u) >> 1, nan = (magnitude + 0x00800080u) & 0x40004000u;
+    __half2 y;
+    memcpy(&y, &magnitude, sizeof(y));
+    y = __hmul2(y, __half2(__half_raw{0x5c00}, __half_raw{0x5c00}));  // 256
+    uint32_t bits;
+    memcpy(&bits, &y, sizeof(bits));
+    return bits | (pair & 0x80008000u) | nan >> 1;
   };
-  low = convert(x & 0xffffu), high = convert(x >> 16);
+  low = convert(__byte_perm(x, 0, 0x1404)), high = convert(__byte_perm(x, 0, 0x3424));
 #endif
 }
 
