@@ -183,6 +183,8 @@ class Array {
   }
   explicit Array(const std::vector<T>& values) : Array(values.size()) {
     CUDA_CHECK(cudaMemcpy(device_, values.data(), bytes(), cudaMemcpyHostToDevice));
+    // The copy of pageable memory may still be under way, and streams that launch do not wait for this one.
+    CUDA_CHECK(cudaDeviceSynchronize());
   }
   Array(Array&& other) noexcept : device_(std::exchange(other.device_, nullptr)), count_(other.count_) {}
   Array& operator=(Array&&) = delete;

@@ -605,24 +605,29 @@ def test_a_row_of_nan_reaches_no_other_sequence():
 
 
 @torch.no_grad()
-def test_the_attention_that_makes_the_schedule_alone_waits_for_it(device, monkeypatch):
-    made, early = tiny.model("fusedkv", device=device), []
-    cache = made.new_cache(8, page_size=16, max_batch=1)
+def attention_hints(device, monkeypatch, hint, plan, fp8_sources="none", steps=1):
+    """The argument `hint` of every fused_attention of some decode steps."""
+    made, hints = tiny.model(plan, device=device), []
+    cache = made.new_cache(8, page_size=16, max_batch=1, fp8_sources=fp8_sources)
     rows = cache.add([20])
     made.prefill(cache, rows, [x.to(device) for x in tiny.prompts(5)])
     fused_attention = ops.fused_attention
 
-    def spy(*args, early_schedule, **rest):
-        early.append(early_schedule)
-        return fused_attention(*args, early_schedule=early_schedule, **rest)
+    def spy(*args, **rest):
+        hints.append(rest[hint])
+        return fused_attention(*args, **rest)
 
     monkeypatch.setattr(ops, "fused_attention", spy)
-    for _ in range(2):
+    for _ in range(steps):
         made.decode(cache, rows, torch.zeros(1, dtype=torch.int64, device=device))
+    return hints
+
+
+def test_the_attention_that_makes_the_schedule_alone_waits_for_it(device, monkeypatch):
+    early = attention_hints(device, monkeypatch, "early_schedule", "fusedkv", steps=2)
     assert early == 2 * [False, *[True] * (tiny.LAYERS - 1)]
 
 
-@torch.no_grad()
 @pytest.mark.parametrize(
     "plan, fp8_sources, kept",
     [
@@ -634,16 +639,5 @@ def test_the_attention_that_makes_the_schedule_alone_waits_for_it(device, monkey
     ],
 )
 def test_sources_that_the_next_layer_reads_stay_in_the_l2(device, monkeypatch, plan, fp8_sources, kept):
-    made, hints = tiny.model(plan, device=device), []
-    cache = made.new_cache(8, page_size=16, max_batch=1, fp8_sources=fp8_sources)
-    rows = cache.add([20])
-    made.prefill(cache, rows, [x.to(device) for x in tiny.prompts(5)])
-    fused_attention = ops.fused_attention
-
-    def spy(*args, keep_sources, **rest):
-        hints.append(keep_sources)
-        return fused_attention(*args, keep_sources=keep_sources, **rest)
-
-    monkeypatch.setattr(ops, "fused_attention", spy)
-    made.decode(cache, rows, torch.zeros(1, dtype=torch.int64, device=device))
+    hints = attention_hints(device, monkeypatch, "keep_sources", plan, fp8_sources)
     assert hints == [i in kept for i in range(tiny.LAYERS)]
