@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from arguments import moved
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -112,12 +113,6 @@ def test_opcheck(device):
     for commits in (False, True):
         given = {name: x.to(device) for name, x in arguments(5, 3, 1, [1, 2], commits).items()}
         torch.library.opcheck(torch.ops.fusedkv.accept_tokens.default, (), given)
-
-
-def moved(x, device):
-    """With its strides, which `to` would not keep."""
-    base = x if x._base is None else x._base
-    return x if x.is_meta else base.to(device).as_strided(x.shape, x.stride())
 
 
 @pytest.mark.parametrize(

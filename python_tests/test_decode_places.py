@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from arguments import moved
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -110,12 +111,6 @@ def test_opcheck(device):
     rows = torch.tensor([2, 0], device=device)
     for active in (None, torch.tensor([True, False], device=device)):
         torch.library.opcheck(torch.ops.fusedkv.decode_places.default, (seq_lens, table, rows, active, 4))
-
-
-def moved(x, device):
-    """With its strides, which `to` would not keep."""
-    base = x if x._base is None else x._base
-    return x if x.is_meta else base.to(device).as_strided(x.shape, x.stride())
 
 
 ARGUMENTS = dict(
