@@ -145,7 +145,7 @@ def fusedkv(
             pages.block_table,
             pages.seq_lens,
             schedule,
-            early_schedule=True,
+            early_cache=True,
         )
         for buffer in buffers
     ]

@@ -577,7 +577,7 @@ class DecodeStep:
             self._schedule(window),
             q.shape[-1] ** -0.5,
             window,
-            early_schedule=early,
+            early_cache=early,
             keep_sources=sources.reread,
         )
         return out[:, 0]

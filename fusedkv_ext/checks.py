@@ -406,7 +406,7 @@ def fused_attention(
     schedule,
     scale,
     window=0,
-    early_schedule=False,
+    early_cache=False,
     keep_sources=False,
 ) -> None:
     c = Checker("fused_attention", q.device)

@@ -44,7 +44,7 @@ SCHEMAS = (
     " int num_kv_heads, int window=0) -> Tensor",
     "fused_attention(Tensor q, Tensor[] k_sources, Tensor[] v_sources, Tensor? key_weights,"
     " Tensor? value_weights, Tensor block_table, Tensor seq_lens, Tensor schedule, float scale,"
-    " int window=0, bool early_schedule=False, bool keep_sources=False) -> Tensor",
+    " int window=0, bool early_cache=False, bool keep_sources=False) -> Tensor",
 )
 
 _library = torch.library.Library("fusedkv", "DEF")

@@ -465,7 +465,7 @@ def fused_attention(
     schedule: Tensor | None = None,
     scale: float | None = None,
     window: int = 0,
-    early_schedule: bool = False,
+    early_cache: bool = False,
     keep_sources: bool = False,
 ) -> Tensor:
     """Attention of a few query tokens a sequence over a paged cache, fusing keys and values on the fly.
@@ -488,11 +488,12 @@ def fused_attention(
         schedule: from `attention_schedule`; None builds it, at the cost of one more launch.
         scale: of the scores; None means 1 / sqrt(D).
         window: 0 for none.
-        early_schedule: a promise, of which nothing is checked: the kernel launched right before this op has
-            written none of schedule, seq_lens and block_table (another `fused_attention` counts as none), nor
-            did it let this one start before those that have were through, as only kernels with programmatic
-            dependent launch can. From Hopper on they are then read while it still runs. Without a schedule it
-            must be False.
+        early_cache: a promise, of which nothing is checked: the kernel launched right before this op has
+            written none of schedule, seq_lens, block_table (another `fused_attention` counts as none) and the
+            sources, but for the rows of the query tokens, the last Q of each sequence; nor did it let this
+            one start before those that have were through, as only kernels with programmatic dependent launch
+            can. From Hopper on all this is then read while it still runs. Without a schedule it must be
+            False.
         keep_sources: a hint: the next attention reads some of the same sources, so that a part of them, up to
             a third of the L2, is worth keeping there. Otherwise the L2 drops them first.
 
@@ -503,7 +504,7 @@ def fused_attention(
         ValueError: a device, dtype, shape or stride that does not fit.
     """
     if schedule is None:
-        expect(not early_schedule, "fused_attention", "early_schedule", "False without a schedule", True)
+        expect(not early_cache, "fused_attention", "early_cache", "False without a schedule", True)
         if k_sources and k_sources[0].dim() == q.dim() == 4 and block_table.dim() == 2:
             _, page_size, num_kv_heads, _ = k_sources[0].shape
             capacity = block_table.shape[1] * page_size
@@ -523,6 +524,6 @@ def fused_attention(
         schedule,
         scale,
         window,
-        early_schedule,
+        early_cache,
         keep_sources,
     )

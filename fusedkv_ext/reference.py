@@ -322,7 +322,7 @@ def fused_attention(
     schedule: Tensor,
     scale: float,
     window: int = 0,
-    early_schedule: bool = False,
+    early_cache: bool = False,
     keep_sources: bool = False,
 ) -> Tensor:
     batch, num_tokens, num_q_heads, _ = q.shape

@@ -49,9 +49,9 @@ def places_of(schedule, batch) -> list[list[list[int]]]:
 def check_places(schedule, lengths, max_seq_len, num_q, hq, hkv, window) -> None:
     """Ranges lie one after the other and cover all blocks, once or once a head, for each size of units.
 
-    Short ones are equal. Long ones are equal where the beginning of a sequence counts for half a unit, but
-    for the unit to which they are rounded at both ends and what a beginning costs, which may lie in two of
-    them.
+    They are as few as take no longer. Short ones are equal. Long ones are equal where the beginning of a
+    sequence counts for half a unit, but for the unit to which they are rounded at both ends and what a
+    beginning costs, which may lie in two of them.
     """
     counts = plain_schedule(lengths, max_seq_len, num_q, hq, hkv, window)
     head_rows = hkv * -(-hq // hkv * num_q // 64)
@@ -60,18 +60,22 @@ def check_places(schedule, lengths, max_seq_len, num_q, hq, hkv, window) -> None
     for unit, taken in zip((1, 2, 4), places_of(schedule, len(lengths)), strict=True):
         cost = unit // 2
         is_long = rows * counts[-1] // most >= unit + cost
-        ends = []
-        for head_row, seq, block, blocks, length, remaining, parts, _ in taken:
+        ends, items = [], []
+        for head_row, seq, block, blocks, length, remaining, part, parts in taken:
             begin = ends[-1] if ends else 0
             assert head_row * counts[-1] + counts[seq] + block == begin
             assert blocks == counts[seq + 1] - counts[seq] > block
             assert length == min(max(int(lengths[seq]), 0), max_seq_len)
             assert not is_long or block % unit == 0
             ends.append(begin + remaining)
-            merges = block > 0 and begin - block + blocks <= ends[-1]
-            assert parts == (1 + sum(end > begin - block for end in ends[:-1]) if merges else 0)
+            items.append((block, begin - block, begin - block + blocks, (part, parts)))
         assert ends[-1] == rows * counts[-1]
-        assert len(taken) == (most if is_long else max(1, min(most, -(-ends[-1] // unit))))
+        begins = [0, *ends[:-1]]
+        for i, (block, first, last, found) in enumerate(items):
+            sharers = [j for j, end in enumerate(ends) if begins[j] < last and end > first]
+            assert found == ((i - sharers[0], len(sharers)) if block > 0 else (0, 0))
+        units = max(1, -(-ends[-1] // unit))
+        assert len(taken) == (-(-units // -(-units // most)) if is_long else min(most, units))
         starts = [row * counts[-1] + count for row in range(rows) for count in counts[:-1]]
         weights = [
             end - begin + (cost if is_long else 0) * sum(begin <= x < end for x in starts)

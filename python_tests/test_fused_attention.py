@@ -366,15 +366,51 @@ def test_wrong_schedule_stays_inside(device, num_q):
     assert torch.equal(run(case), right)
 
 
-def test_early_schedule(device):
+def test_early_cache(device):
     """The same bits, launch after launch; what it promises of the kernel before is the caller's to keep."""
     case = make_case(device, lengths=(300, 70, 5))
-    with pytest.raises(ValueError, match="early_schedule: expected False without a schedule, got True"):
-        ops.fused_attention(*case.args(), early_schedule=True)
+    with pytest.raises(ValueError, match="early_cache: expected False without a schedule, got True"):
+        ops.fused_attention(*case.args(), early_cache=True)
     schedule = ops.attention_schedule(case.seq_lens, case.block_table.shape[1] * 16, 1, 8, 2)
     right = ops.fused_attention(*case.args(), schedule=schedule)
     for _ in range(3):
-        assert torch.equal(ops.fused_attention(*case.args(), schedule=schedule, early_schedule=True), right)
+        assert torch.equal(ops.fused_attention(*case.args(), schedule=schedule, early_cache=True), right)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("sources", [1, 2])
+@pytest.mark.parametrize("num_q", [1, 3])
+def test_early_cache_waits_for_the_query_tokens(sources, num_q):
+    """A kernel that lets attention start at once writes queries, keys and values, after many for nobody."""
+    # Every worker begins with query tokens, so that it would read them early if it read anything early.
+    lengths, others, page_size = (50,) * 200, 16_384, 64
+    case = make_case("cuda", BF16, lengths, num_q, (8, 2), 128, page_size, sources, sources)
+    tokens = torch.cat([torch.arange(n - num_q, n) for n in lengths]).cuda()
+    rows = torch.arange(len(lengths), device="cuda").repeat_interleave(num_q)
+    slots = case.block_table[rows, tokens // page_size].long() * page_size + tokens % page_size
+    slot_mapping = torch.cat([torch.full((others,), -1, device="cuda"), slots])
+    qkv = torch.randn(len(slot_mapping), 8 + 2 * 2, 128, dtype=torch.bfloat16, device="cuda")
+    positions, cos_sin = torch.zeros_like(slot_mapping), torch.randn(1, 128, device="cuda")
+    q_out, caches = qkv.new_empty(len(qkv), 8, 128), (case.k_sources[-1], case.v_sources[-1])
+    case.q = q_out[others:].view(len(lengths), num_q, 8, 128)
+    capacity = case.block_table.shape[1] * page_size
+    schedule = ops.attention_schedule(case.seq_lens, capacity, num_q, 8, 2)
+
+    def step(early):
+        q_out.fill_(float("nan"))
+        for cache in caches:
+            cache.flatten(0, 1).index_fill_(0, slots, float("nan"))
+        ops.rope_write_kv(qkv, q_out, *caches, positions, cos_sin, slot_mapping=slot_mapping)
+        return ops.fused_attention(*case.args(), schedule=schedule, early_cache=early)
+
+    expected = step(early=False)
+    assert expected.isfinite().all()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step(early=True)
+    for _ in range(20):
+        graph.replay()
+        assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=["bf16", "e4m3"])

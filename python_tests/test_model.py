@@ -624,7 +624,7 @@ def attention_hints(device, monkeypatch, hint, plan, fp8_sources="none", steps=1
 
 
 def test_the_attention_that_makes_the_schedule_alone_waits_for_it(device, monkeypatch):
-    early = attention_hints(device, monkeypatch, "early_schedule", "fusedkv", steps=2)
+    early = attention_hints(device, monkeypatch, "early_cache", "fusedkv", steps=2)
     assert early == 2 * [False, *[True] * (tiny.LAYERS - 1)]
 
 

@@ -200,8 +200,8 @@ T shuffle(uint32_t mask, T value, int from) {
 }  // namespace emulator
 
 template <class T>
-T __shfl_sync(uint32_t mask, T value, int from) {
-  return emulator::shuffle(mask, value, from);
+T __shfl_sync(uint32_t mask, T value, int from, int width = 32) {
+  return emulator::shuffle(mask, value, emulator::current->lane() / width * width + from % width);
 }
 template <class T>
 T __shfl_xor_sync(uint32_t mask, T value, int lanes) {

@@ -64,6 +64,7 @@ inline void publish(float4* to, float4 x) { *to = x; }
 inline void publish(float2* to, float2 x) { *to = x; }
 inline float4 load_published(const float4* from) { return *from; }
 inline float2 load_published(const float2* from) { return *from; }
+inline uint32_t after_load(float, uint32_t x) { return x; }
 
 // ----------------------------------------------------------------------------------------- shared memory
 

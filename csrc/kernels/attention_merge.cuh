@@ -30,10 +30,10 @@ __global__ void __launch_bounds__(kMergeThreads)
   for (int i = threadIdx.x; i < ranges; i += kMergeThreads) {
     const RangePlace place = places[i];
     const bool same_head = heads_in_step > 1 || place.head_row == head_row;
-    if (place.parts > 0 && place.seq == seq && same_head) merger = i;
+    if (place.part > 0 && place.part + 1 == place.parts && place.seq == seq && same_head) merger = i;
   }
   __syncthreads();
-  const int last = merger, count = last < 0 ? 0 : min(places[last].parts, last + 1);
+  const int last = merger, count = last < 0 ? 0 : min(places[last].part, last) + 1;
   wait_for_previous_kernels();
   let_next_kernel_start();
   if (count == 0 || row >= item_rows(p, row_block)) return;

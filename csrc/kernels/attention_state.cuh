@@ -10,16 +10,39 @@
 
 namespace fusedkv {
 
-// An item whose partial results this worker merges, those of `parts` workers; 0 for none.
-struct SharedItem {
-  int seq, head, row_block, first_worker, worker_step, parts;
+// Where the output rows of an item go.
+struct ItemOutput {
+  uint16_t* rows;        // of its first query row: f16 or bf16
+  int64_t token_stride;  // elements; 0 where there is one token
+  int group, first_row;  // heads a token; number of the row block's first row
+  bool is_bf16;
+};
+
+// Partial results of one item in device memory, where workers publish them.
+struct Parts {
+  char* data;
+  int count;
+  unsigned pitch, first_offset;  // bytes: from one to the next, and by which the first one stands further on
+
+  __device__ __forceinline__ char* at(int part, bool is_first) const {
+    return data + uint64_t{pitch} * unsigned(part) + (is_first ? first_offset : 0);
+  }
+};
+
+// What a worker merges when it is through. Worked out while the kernel waits for its first loads.
+struct Merge {
+  Parts
+      parts[2];  // sums of groups of parts, if there are so many; parts, or none if there is nothing to merge
+  int rows;
+  float* partial;  // where the result goes, as a partial one, or null
+  ItemOutput output;
 };
 
 template <class S>
 struct AttentionControl {
   RingControl<S> ring;
   float value_weights[S::kSources][S::D];  // of the item
-  SharedItem shared_item;
+  Merge merge;
   alignas(16) float4 sums[S::kRows == 8 ? S::kThreads : 1];  // see combine()
   float2 stats[S::kRows == 8 ? S::kThreads : 1];
 };
@@ -374,24 +397,6 @@ struct AttentionState {
   }
 };
 
-// Where the output rows of an item go.
-struct ItemOutput {
-  uint16_t* rows;        // of its first query row: f16 or bf16
-  int64_t token_stride;  // elements
-  int group, first_row;  // heads a token; number of the row block's first row
-  bool is_bf16;
-};
-
-// Partial results of one item, in shared memory or in device memory, where other workers publish them.
-struct Parts {
-  const float* data;
-  int count, pitch;  // floats from one to the next
-  int first_offset;  // floats by which the first one stands after its place
-  bool published;
-};
-
-__device__ __forceinline__ bool is_empty(float x) { return __float_as_uint(x) == kEmpty; }
-
 // Waits for so many trips to the L2 and back, a second or two, before it takes words as they are, NaN: with a
 // wrong schedule a worker may wait for one that nobody writes.
 constexpr int kPatience = 1 << 20;
@@ -449,85 +454,164 @@ __device__ __forceinline__ void store_output(const ItemOutput& output, int row, 
                      : make_uint2(pack2<f16>(x[0], x[1]), pack2<f16>(x[2], x[3]));
 }
 
-// Adds partial results. The result goes to `partial`, in the same form, or where that is null to the output.
-// All threads that compute call it. D / 4 threads share a row, and where there are threads for several times
-// the rows of the item, the parts are dealt out to groups of them, whose sums meet in shared memory. The
-// order of all additions is fixed, so every run gives the same bits. What runs once a kernel runs at the
-// latency of each instruction, and its instructions are fetched from memory: so teams and workers share this
-// code, and all loads of a thread are in flight together.
+// Who adds up the partial results of a row: D / 4 threads, a lane four channels. Where there are threads for
+// several times the rows of the item, the parts are dealt out to groups of them, whose sums meet in shared
+// memory; else rows follow each other. The order of all additions is fixed, so every run gives the same bits.
+// What runs once a kernel runs at the latency of each instruction: so there are no divisions here.
 template <class S>
-__device__ __noinline__ void combine(AttentionControl<S>& control, const Parts parts, int rows,
-                                     float* partial, ItemOutput output) {
-  constexpr int kRowThreads = S::D / 4, kSlots = S::kThreads / kRowThreads;
-  constexpr int kAtOnce = S::kRows == 8 ? 8 : 4;  // with more rows registers are short in the main loop
-  const int channel = threadIdx.x % kRowThreads * 4, slot = threadIdx.x / kRowThreads;
-  const uint32_t row_mask = kRowThreads == 32 ? ~0u : 0xffffu << (threadIdx.x & 16);
-  const int groups = S::kRows == 8 ? max(1, kSlots / rows) : 1;
-  const int group = groups > 1 ? slot / rows : 0;
-  int row = slot - group * rows, patience = kPatience;
-#pragma unroll 1
-  do {
-    MergedRow merged;
-#pragma unroll 1
-    for (int first = row < rows && group < groups ? group : parts.count; first < parts.count;
-         first += groups * kAtOnce) {
-      float4 y[kAtOnce];
-      float2 stats[kAtOnce];
-      const float* const from = parts.data + row * S::kPartialRow;
-      const auto part_offset = [&](int i) {
-        const int part = first + i * groups;
-        return part * parts.pitch + (part == 0 ? parts.first_offset : 0);
-      };
-      bool missing;
-#pragma unroll 1
-      do {
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          stats[i] = {kNothing, 0.f}, y[i] = {};
-          if (first + i * groups >= parts.count) continue;
-          const float* const part = from + part_offset(i);
-          stats[i] = load_published(reinterpret_cast<const float2*>(part + S::D));
-          y[i] = load_published(reinterpret_cast<const float4*>(part + channel));
-        }
-        missing = false;
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          missing |= is_empty(stats[i].x) || is_empty(stats[i].y) || is_empty(y[i].x) || is_empty(y[i].y) ||
-                     is_empty(y[i].z) || is_empty(y[i].w);
-        }
-      } while (missing && --patience > 0);
-      if (parts.published) {
-        __syncwarp(row_mask);  // all have read the statistics of the row
-#pragma unroll 1
-        for (int i = 0; i < kAtOnce && first + i * groups < parts.count; ++i)
-          clear_partial<S::D>(const_cast<float*>(from) + part_offset(i), channel);
-      }
-      merged.add_all(stats, y);
-    }
-    if (groups > 1) {  // then there is but one turn of the outer loop
+struct RowAdders {
+  static constexpr int kLanes = S::D / 4, kSlots = S::kThreads / kLanes;
+  const int lane = threadIdx.x % kLanes, channel = lane * 4;
+  const uint32_t lanes = kLanes == 32 ? ~0u : 0xffffu << (threadIdx.x & 16);
+  const int rows, groups, group;
+  int row;
+
+  __device__ __forceinline__ RowAdders(const AttentionParams& p, int rows)
+      : rows(rows),
+        groups(S::kRows == 8 ? p.row_groups : 1),
+        group(S::kRows == 8 ? threadIdx.x / kLanes * p.inverse_of_rows >> 16 : 0),
+        row(threadIdx.x / kLanes - group * rows) {}
+
+  // The first part that the thread adds, of `count`.
+  __device__ __forceinline__ int first(int count) const {
+    return row < rows && group < groups ? group : count;
+  }
+  // Leaves the sum of all groups with those for which it returns true.
+  __device__ __forceinline__ bool meet(AttentionControl<S>& control, MergedRow& merged) const {
+    if (groups > 1) {
       control.stats[threadIdx.x] = {merged.max, merged.sum};
       control.sums[threadIdx.x] = {merged.x[0], merged.x[1], merged.x[2], merged.x[3]};
       compute_barrier<S>();
-      if (group > 0) return;
 #pragma unroll 1
-      for (int other = 1; other < groups; ++other) {
-        const int thread = threadIdx.x + other * rows * kRowThreads;
+      for (int other = 1; other < groups && group == 0; ++other) {
+        const int thread = threadIdx.x + other * rows * kLanes;
         const float2 stats = control.stats[thread];
         merged.rescale(fmaxf(merged.max, stats.x));
         merged.add(stats, control.sums[thread]);
       }
     }
-    if (row >= rows) return;
-    if (partial) {
-      float* const to = partial + row * S::kPartialRow;
-      publish(reinterpret_cast<float4*>(to + channel),
-              float4{merged.x[0], merged.x[1], merged.x[2], merged.x[3]});
-      if (channel == 0) publish(reinterpret_cast<float2*>(to + S::D), float2{merged.max, merged.sum});
-    } else {
-      store_output<S::D>(output, row, channel, merged);
+    return group == 0 && row < rows;
+  }
+  // To `partial`, in the form of a partial result, or where that is null to the output.
+  __device__ __forceinline__ void store(const MergedRow& merged, float* partial,
+                                        const ItemOutput& output) const {
+    if (!partial) return store_output<S::D>(output, row, channel, merged);
+    float* const to = partial + row * S::kPartialRow;
+    publish(reinterpret_cast<float4*>(to + channel),
+            float4{merged.x[0], merged.x[1], merged.x[2], merged.x[3]});
+    if (channel == 0) publish(reinterpret_cast<float2*>(to + S::D), float2{merged.max, merged.sum});
+  }
+  __device__ __forceinline__ bool next_row() {
+    return S::kRows > kSlots && (row += kSlots) < rows;  // eight rows at most are there at once
+  }
+};
+
+// Adds the results of the teams, in shared memory. All threads that compute call it.
+template <class S>
+__device__ __forceinline__ void combine_teams(const AttentionParams& p, AttentionControl<S>& control,
+                                              const float* teams, int rows, float* partial,
+                                              const ItemOutput& output) {
+  constexpr int kAtOnce = 4;
+  RowAdders<S> at(p, rows);
+#pragma unroll 1
+  do {
+    MergedRow merged;
+#pragma unroll 1
+    for (int first = at.first(S::kTeams); first < S::kTeams; first += at.groups * kAtOnce) {
+      float4 y[kAtOnce];
+      float2 stats[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int team = first + i * at.groups;
+        const float* const from = teams + team * S::kPartialFloats + at.row * S::kPartialRow;
+        stats[i] = {kNothing, 0.f}, y[i] = {};
+        if (team >= S::kTeams) continue;
+        stats[i] = *reinterpret_cast<const float2*>(from + S::D);
+        y[i] = *reinterpret_cast<const float4*>(from + at.channel);
+      }
+      merged.add_all(stats, y);
     }
-    row += kSlots;
-  } while (row < rows);
+    if (at.meet(control, merged)) at.store(merged, partial, output);
+  } while (at.next_row());
+}
+
+// Waits for parts and adds them to `merged`, but for the sum of exponentials, of which each lane gets a
+// share.
+template <class S>
+__device__ __forceinline__ void add_parts(const Parts parts, const RowAdders<S>& at, MergedRow& merged,
+                                          int& patience) {
+  // A trip to the L2 takes long: with four heads of four query rows on 132 multiprocessors all parts of a
+  // row.
+  constexpr int kAtOnce =
+      S::kRows == 8 ? S::D / 8 + 1 : 4;  // with more rows registers are short in the main loop
+  const int row_offset = at.row * S::kPartialRow * int(sizeof(float));
+#pragma unroll 1
+  for (int first = at.first(parts.count); first < parts.count; first += at.groups * kAtOnce) {
+    // A lane has the maximum and the sum of one part, and four channels of all.
+    const int own = first + at.lane * at.groups;
+    const bool has_stats = at.lane < kAtOnce && own < parts.count;
+    const auto* const own_stats =
+        reinterpret_cast<const float2*>(parts.at(own, own == 0) + row_offset) + S::D / 2;
+    float2 stats = {kNothing, 0.f};
+    float4 y[kAtOnce];
+    bool missing;
+#pragma unroll 1
+    do {
+      if (has_stats) stats = load_published(own_stats);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int part = first + i * at.groups;
+        y[i] = {};
+        if (part < parts.count)
+          y[i] = load_published(
+              reinterpret_cast<const float4*>(parts.at(part, i == 0 && first == 0) + row_offset) + at.lane);
+      }
+      const uint32_t empty = after_load(y[kAtOnce - 1].x, kEmpty);
+      const auto is_empty = [&](float x) { return __float_as_uint(x) == empty; };
+      missing = is_empty(stats.x) || is_empty(stats.y);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+        missing |= is_empty(y[i].x) || is_empty(y[i].y) || is_empty(y[i].z) || is_empty(y[i].w);
+    } while (missing && --patience > 0);
+    float largest = stats.x;
+#pragma unroll
+    for (int i = 1; i < at.kLanes; i *= 2) largest = fmaxf(largest, __shfl_xor_sync(at.lanes, largest, i));
+    merged.rescale(fmaxf(merged.max, largest));
+    const float weight = exp2_fast(stats.x - merged.max);
+    merged.sum += weight * stats.y;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const float of_part = __shfl_sync(at.lanes, weight, i, at.kLanes);
+      merged.x[0] += of_part * y[i].x, merged.x[1] += of_part * y[i].y;
+      merged.x[2] += of_part * y[i].z, merged.x[3] += of_part * y[i].w;
+    }
+  }
+}
+
+// Merges what the worker has to merge, and makes the places of the parts empty again for the next launch. All
+// threads that compute call it.
+template <class S>
+__device__ __forceinline__ void merge_parts(const AttentionParams& p, AttentionControl<S>& control) {
+  const Merge& merge = control.merge;
+  RowAdders<S> at(p, merge.rows);
+  int patience = kPatience;
+#pragma unroll 1
+  do {
+    MergedRow merged;
+#pragma unroll 1  // one copy of the code: instructions are fetched from memory too
+    for (int i = 0; i < 2; ++i) add_parts<S>(merge.parts[i], at, merged, patience);
+#pragma unroll
+    for (int i = 1; i < at.kLanes; i *= 2) merged.sum += __shfl_xor_sync(at.lanes, merged.sum, i);
+    if (at.meet(control, merged)) at.store(merged, merge.partial, merge.output);
+    __syncwarp(at.lanes);  // all have read the statistics of the row
+#pragma unroll 1
+    for (const Parts parts : merge.parts) {
+#pragma unroll 2
+      for (int i = at.first(parts.count); i < parts.count; i += at.groups)
+        clear_partial<S::D>(reinterpret_cast<float*>(parts.at(i, i == 0)) + at.row * S::kPartialRow,
+                            at.channel);
+    }
+  } while (at.next_row());
 }
 
 // Only items of kBlockRows rows are not the first of their head.
@@ -544,15 +628,29 @@ __device__ __forceinline__ int item_rows(const AttentionParams& p, int row_block
   return min(kBlockRows, p.group * p.num_query_tokens - row_block * kBlockRows);
 }
 
-// Merges what the workers of an item have left, its own part among them.
+// What the worker has to merge: the parts of the item it begins in, if its own is the last of them, or the
+// last of a group of many. `part` is the number of its own among `parts`; 0 where it begins the item.
 template <class S>
-__device__ __forceinline__ void merge_partials(const AttentionParams& p, AttentionControl<S>& control) {
-  const SharedItem& item = control.shared_item;
-  // The first worker's part is of the item that it ends in, the others' are of the items they begin in.
-  const Parts parts = {p.partials + 2 * item.first_worker * p.partial_words, item.parts,
-                       2 * item.worker_step * p.partial_words, p.partial_words, true};
-  combine<S>(control, parts, item_rows(p, item.row_block), nullptr,
-             item_output<S::D>(p, item.seq, item.head, item.row_block));
+__device__ __forceinline__ Merge plan_merge(const AttentionParams& p, const BlockPlace& at, int part,
+                                            int parts) {
+  Merge merge{};
+  const bool is_last = part + 1 == parts, in_groups = parts > kMostPartsAtOnce;
+  const bool ends_group = in_groups && (part + 1) % kGroupParts == 0;
+  if (part == 0 || p.merges_apart || !(is_last || ends_group)) return merge;
+  const int group = in_groups ? part / kGroupParts : 0, first = group * kGroupParts;
+  // A worker has room for a part of the item it begins in, and one of the item it ends in, where the first
+  // part of an item lies. The sum of a group lies there too, with the group's last worker, who ends in none.
+  const unsigned part_bytes = p.partial_words * sizeof(float), pitch = gridDim.x * 2 * part_bytes;
+  char* const own =
+      reinterpret_cast<char*>(p.partials) + uint64_t{blockIdx.y * gridDim.x + blockIdx.x} * 2 * part_bytes;
+  const auto of_part = [&](int number) { return own - uint64_t{pitch} * unsigned(part - number); };
+  if (is_last && group > 0)
+    merge.parts[0] = {of_part(kGroupParts - 1) + part_bytes, group, pitch * kGroupParts, 0};
+  merge.parts[1] = {of_part(first), part + 1 - first, pitch, first == 0 ? part_bytes : 0};
+  merge.rows = item_rows(p, at.row_block);
+  merge.partial = is_last ? nullptr : reinterpret_cast<float*>(own + part_bytes);
+  merge.output = item_output<S::D>(p, at.seq, at.head, at.row_block);
+  return merge;
 }
 
 }  // namespace fusedkv

@@ -32,9 +32,10 @@ struct AttentionParams : FusedAttentionParams {
   const RangePlace* places;
   float* partials;    // two for each worker: of the item it begins in, and of the one it ends in
   int partial_words;  // from one to the next
-  float kept_blocks;  // so many blocks' bytes of the sources stay in the L2
-  bool merges_apart;  // attention_merge_kernel merges them
-  bool in_slices;     // the tokens of a warp's slice lie in one page, and the strides are these
+  int row_groups, inverse_of_rows;  // see RowAdders; 65536 / rows of an item, rounded up
+  float kept_blocks;                // so many blocks' bytes of the sources stay in the L2
+  bool merges_apart;                // attention_merge_kernel merges them
+  bool in_slices;                   // the tokens of a warp's slice lie in one page, and the strides are these
   ByteStrides k_strides, v_strides;
 };
 
@@ -139,6 +140,8 @@ struct BlockPlace {
   __device__ int item_blocks() const { return min(blocks - block, remaining); }
   // Position of the first token of the block.
   __device__ int start() const { return first / kBlockTokens * kBlockTokens + block * kBlockTokens; }
+  // Of the first query token, from start(): the tokens before it may be loaded early.
+  __device__ int newest(const AttentionParams& p) const { return length - p.num_query_tokens - start(); }
 };
 
 // A place that moves on.
@@ -362,8 +365,9 @@ struct UnitLoader {
     int seq, head, row_block;
     bool new_item;   // the first unit is the first of its item, or of the worker
     bool ends_item;  // the last unit is the last of its item
-    // Tokens that may be seen, if their pages are in the cache; counted from the first token of the window.
-    int first, end;
+    // Tokens that may be seen, if their pages are in the cache, and the query tokens among them; counted from
+    // the first token of the window.
+    int first, end, newest;
     // Of the first token of step `lane` where slices lie in one page each; else of tokens lane, lane + 32,
     // and so on of the window, which then is one unit.
     int page[kPages], offset_in_page[kPages];
@@ -383,7 +387,6 @@ struct UnitLoader {
       const Window now = window;
       window.steps = 0;
       if (at.remaining > 0) look_up(p, window);
-      wait_for_previous_kernels();  // returns at once but for the first time
 #pragma unroll 1
       for (int step = 0; step < now.steps; ++step) {
         const uint32_t bit = 1u << place.stage;
@@ -391,7 +394,15 @@ struct UnitLoader {
           mbarrier_wait(smem_address(&control.met[place.stage]), (parities & bit) != 0);
           met ^= bit, parities ^= bit;
         }
-        load_slice(p, now, step, place, ring + place.stage * S::kStageBytes, control);
+        char* const stage = ring + place.stage * S::kStageBytes;
+        if (step_token(step) + S::kSliceTokens > now.newest) wait_for_previous_kernels();
+        load_slice(p, now, step, place, stage, control);
+        if (now.new_item &&
+            step == kSlices - 1) {  // last, because the kernel before this one made the queries
+          wait_for_previous_kernels();
+          StageCopies<S>::copy_item(p, now.seq, now.head, now.row_block, stage);
+          mbarrier_arrive_after_copies(smem_address(&control.item[place.stage]));
+        }
         if ((step + 1) % kSlices > 0) continue;
         if (now.ends_item && step + 1 == now.steps) met |= bit;
         place.next(p.stages);
@@ -416,7 +427,8 @@ struct UnitLoader {
               new_item,
               false,
               at.first - start,
-              min(blocks * kBlockTokens, at.length - start)};
+              min(blocks * kBlockTokens, at.length - start),
+              at.newest(p)};
 #pragma unroll
     for (int i = 0; i < kPages; ++i) {
       const int token = p.in_slices ? step_token(lane) : step_token(0) + lane + 32 * i;
@@ -461,10 +473,6 @@ struct UnitLoader {
     if (lane == 0) {
       StageCopies<S>::write_visible(control.visible[place.stage], slice, mask);
       mbarrier_arrive(full);
-    }
-    if (starts_item) {
-      StageCopies<S>::copy_item(p, window.seq, window.head, window.row_block, stage);
-      mbarrier_arrive_after_copies(smem_address(&control.item[place.stage]));
     }
     StageCopies<S>::copy_sources(p, window.head, page, offset, mask, stage, slice, policy);
     mbarrier_arrive_after_copies(full);
@@ -516,8 +524,12 @@ struct OwnLoader {
       if (at.remaining > 0) look_up(p);
       char* const to = ring + stage * S::kStageBytes;
       if (threadIdx.x % 32 == 0) StageCopies<S>::write_visible(control.visible[stage], slice, mask);
-      if (unit.new_item) StageCopies<S>::copy_item(p, unit.at.seq, unit.at.head, unit.at.row_block, to);
+      if ((slice + 1) * S::kSliceTokens > unit.at.newest(p)) wait_for_previous_kernels();
       StageCopies<S>::copy_sources(p, unit.at.head, unit.page, unit.offset_in_page, mask, to, slice, policy);
+      if (unit.new_item) {  // last, because the kernel before this one made the queries
+        wait_for_previous_kernels();
+        StageCopies<S>::copy_item(p, unit.at.seq, unit.at.head, unit.at.row_block, to);
+      }
       stage = stage + 1 == p.stages ? 0 : stage + 1;
       if ((new_item || at.remaining == 0) && threadIdx.x % 32 == 0) control.place[stage][slice] = at;
     }

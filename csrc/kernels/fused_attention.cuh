@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(S::kCtaThreads, 1)
     control.ring.init(p.stages);
     __syncthreads();
   }
-  if (!p.early_schedule) wait_for_previous_kernels();
+  if (!p.early_cache) wait_for_previous_kernels();
   // The first loads, together. The pages of a single sequence come into the L1, before it is known which ones
   // are needed.
   const RangePlace range = p.places[S::kUnitSize * kMaxWorkers + blockIdx.y];
@@ -69,12 +69,9 @@ __global__ void __launch_bounds__(S::kCtaThreads, 1)
   std::conditional_t<S::kLoadsItself, OwnLoader<S>, NoLoader> loader(p, from, policy);
   std::conditional_t<S::kLoadsItself, BlockPlace, BlockCursor> at = from;
   if (threadIdx.x == 0) {
-    const int parts = max(0, min(range.parts, int(blockIdx.y) + 1));
-    control.shared_item = {at.seq,         at.head,
-                           at.row_block,   (int(blockIdx.y) + 1 - parts) * int(gridDim.x) + int(blockIdx.x),
-                           int(gridDim.x), parts};
+    control.merge = plan_merge<S>(p, at, max(0, min(range.part, int(blockIdx.y))), range.parts);
   }
-  wait_for_previous_kernels();
+  if constexpr (!S::kLoadsItself) wait_for_previous_kernels();
   int ahead = p.stages - 1;  // units that a warp loads for itself before it computes the first
   const auto address = [](const auto& barrier) { return smem_address(&barrier); };
   const int team = threadIdx.x / 32 / S::kTeamWarps;
@@ -129,10 +126,9 @@ __global__ void __launch_bounds__(S::kCtaThreads, 1)
     state.finish(control, stage);
     compute_barrier<S>();
     const int slot = 2 * (blockIdx.y * gridDim.x + blockIdx.x) + partial;
-    const Parts teams = {reinterpret_cast<const float*>(stage), S::kTeams, S::kPartialFloats, 0, false};
-    combine<S>(control, teams, item_rows(p, at.row_block),
-               partial == kWhole ? nullptr : p.partials + slot * p.partial_words,
-               item_output<S::D>(p, at.seq, at.head, at.row_block));
+    combine_teams<S>(p, control, reinterpret_cast<const float*>(stage), item_rows(p, at.row_block),
+                     partial == kWhole ? nullptr : p.partials + slot * p.partial_words,
+                     item_output<S::D>(p, at.seq, at.head, at.row_block));
     compute_barrier<S>();  // now the stage is free
     if constexpr (!S::kLoadsItself) control.ring.leave_meeting(place, team);
     place.next(p.stages);
@@ -145,7 +141,7 @@ __global__ void __launch_bounds__(S::kCtaThreads, 1)
   }
   let_next_kernel_start();  // not earlier: its CTAs would lie on the SMs in the order in which ours end
   // Last, because others may still be at work on their parts.
-  if (control.shared_item.parts > 0 && !p.merges_apart) merge_partials<S>(p, control);
+  if (control.merge.parts[1].count > 0) merge_parts<S>(p, control);
 }
 
 // More rows go to wgmma where there is one: a team of warps with mma.sync reads its tokens once a warp. For
@@ -250,6 +246,9 @@ cudaError_t launch_attention(const FusedAttentionParams& params, cudaStream_t st
         reinterpret_cast<float*>(params.schedule + partials_in_schedule(params.batch)),
         words_of_partial(params.num_query_tokens, params.num_q_heads, params.num_kv_heads),
     };
+    const int rows = group * params.num_query_tokens;
+    p.row_groups = std::max(1, RowAdders<S>::kSlots / rows);
+    p.inverse_of_rows = 65536 / rows + 1;
     if (params.keep_sources) {
       const int sources = params.num_k_sources + params.num_v_sources;
       const float block_bytes = float(sources) * params.num_kv_heads * (kBlockTokens * D * int(sizeof(C)));
@@ -257,7 +256,6 @@ cudaError_t launch_attention(const FusedAttentionParams& params, cudaStream_t st
     }
     p.in_slices = page_size % S::kSliceTokens == 0 && byte_strides<C>(p.k_sources[0], p.k_strides) &&
                   byte_strides<C>(p.v_sources[0], p.v_strides);
-    const int rows = group * params.num_query_tokens;
     const int64_t items = int64_t(params.batch) * head_rows;
     p.merges_apart = rows > kMostRowsMergedWithin && items * kWorkersToMergeApart <= int(grid.x * grid.y);
     const cudaError_t launched =

@@ -258,10 +258,10 @@ struct FusedAttentionParams {
   int* schedule;        // from run_attention_schedule; if it was right, it is after the launch as before
   float scale;
   int window;
-  // The kernel before this one has written none of block_table, seq_lens, and the counts and places that
-  // run_attention_schedule left, nor did it let this one start before those that have were through: they are
-  // read while it still runs.
-  bool early_schedule;
+  // The kernel before this one has written none of block_table, seq_lens, the counts and places that
+  // run_attention_schedule left, and the sources but for the query tokens' own rows, nor did it let this one
+  // start before those that have were through: all this is read while it still runs.
+  bool early_cache;
   bool keep_sources;  // a hint: launches soon after read them again
 };
 

@@ -4,7 +4,8 @@
 // row block). The blocks of one (sequence, head, row block) are an item; to begin and to end one takes about
 // as long as half a unit of several blocks does, whatever its length. Each worker takes an equal range of
 // both, to the nearest unit of an item, so that all CTAs end together whatever the lengths are. An item that
-// crosses workers leaves partial results, which the last of its workers merges, or attention_merge_kernel.
+// crosses workers leaves partial results, which the last of its workers merges, or attention_merge_kernel; of
+// many, some of the workers before it merge groups first.
 // Where each range begins is computed once for all layers, because its divisions take a kernel longer than a
 // trip to the L2.
 //
@@ -23,6 +24,9 @@
 namespace fusedkv {
 
 constexpr uint32_t kEmpty = 0xfff5eed5;  // a NaN, and none that arithmetic gives
+
+// Of more partial results than that of one item, groups are merged first.
+constexpr int kMostPartsAtOnce = 34, kGroupParts = 16;
 
 __host__ __device__ inline int ceil_div(int a, int b) { return a / b + (a % b != 0); }
 
@@ -57,7 +61,9 @@ struct WorkSplit {
   int step;  // ranges begin at multiples of it in their item
 
   __device__ WorkSplit(int blocks, int most_ranges, int unit_blocks) {
-    ranges = most_ranges, cost = unit_blocks / 2, step = unit_blocks;
+    // As few as take no longer, because all have partial results to merge.
+    const int units = max(1, ceil_div(blocks, unit_blocks));
+    ranges = ceil_div(units, ceil_div(units, most_ranges)), cost = unit_blocks / 2, step = unit_blocks;
     if (blocks / most_ranges >= unit_blocks + cost) return;
     // Short ranges, rounded, might be empty. And never more ranges than units: smaller shares would only make
     // more partial results to merge.
@@ -71,8 +77,9 @@ struct alignas(16) RangePlace {
   int head_row;                    // 0 where the heads go in step
   int seq, block, blocks, length;  // of the sequence: block in it, its blocks and its length
   int remaining;                   // blocks of the range
-  int parts;  // how many partial results of the item it begins in it merges, its own among them, or 0
-  int unused;
+  // The number of its partial result among those of the item it begins in, and how many that has; 0 and 0
+  // where it begins an item.
+  int part, parts;
 };
 static_assert(sizeof(RangePlace) == kWordsOfPlace * sizeof(int));
 

@@ -11,7 +11,7 @@ namespace fusedkv::ops {
 at::Tensor fused_attention(const at::Tensor& q, at::TensorList k_sources, at::TensorList v_sources,
                            const OptionalTensor& key_weights, const OptionalTensor& value_weights,
                            const at::Tensor& block_table, const at::Tensor& seq_lens,
-                           const at::Tensor& schedule, double scale, int64_t window, bool early_schedule,
+                           const at::Tensor& schedule, double scale, int64_t window, bool early_cache,
                            bool keep_sources) {
   const Checker check("fused_attention", q);
   check.tensor("q", q, kHalf, {kAny, kAny, kAny, kAny});
@@ -88,7 +88,7 @@ at::Tensor fused_attention(const at::Tensor& q, at::TensorList k_sources, at::Te
       .schedule = schedule.mutable_data_ptr<int>(),
       .scale = static_cast<float>(scale),
       .window = static_cast<int>(window),
-      .early_schedule = early_schedule,
+      .early_cache = early_cache,
       .keep_sources = keep_sources,
   };
   check_launch(check.op, run_fused_attention(params, c10::cuda::getCurrentCUDAStream()));

@@ -70,7 +70,7 @@ at::Tensor attention_schedule(const at::Tensor& seq_lens, int64_t max_seq_len, i
 at::Tensor fused_attention(const at::Tensor& q, at::TensorList k_sources, at::TensorList v_sources,
                            const OptionalTensor& key_weights, const OptionalTensor& value_weights,
                            const at::Tensor& block_table, const at::Tensor& seq_lens,
-                           const at::Tensor& schedule, double scale, int64_t window, bool early_schedule,
+                           const at::Tensor& schedule, double scale, int64_t window, bool early_cache,
                            bool keep_sources);
 
 }  // namespace fusedkv::ops

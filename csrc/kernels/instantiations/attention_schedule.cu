@@ -54,8 +54,12 @@ struct Work {
     place.length = clamped_length(p, place.seq);
     place.remaining = end - begin;
     const int item = begin - place.block;
-    if (place.block > 0 && item + place.blocks <= end)
-      place.parts = range + 1 - last_at_most(item, range + 1, [&](int i) { return begins[i]; });
+    if (place.block > 0) {
+      const auto begin_of = [&](int i) { return begins[i]; };
+      const int first = last_at_most(item, range + 1, begin_of);
+      place.part = range - first;
+      place.parts = last_at_most(item + place.blocks - 1, kMaxWorkers, begin_of) - first + 1;
+    }
     return place;
   }
 };
