@@ -490,10 +490,10 @@ def fused_attention(
         window: 0 for none.
         early_cache: a promise, of which nothing is checked: the kernel launched right before this op has
             written none of schedule, seq_lens, block_table (another `fused_attention` counts as none) and the
-            sources, but for the rows of the query tokens, the last Q of each sequence; nor did it let this
-            one start before those that have were through, as only kernels with programmatic dependent launch
-            can. From Hopper on all this is then read while it still runs. Without a schedule it must be
-            False.
+            sources, but for the rows of the query tokens, the last Q of each sequence, which are no other
+            sequence's older ones; nor did it let this one start before those that have were through, as only
+            kernels with programmatic dependent launch can. From Hopper on all this is then read while it
+            still runs. Without a schedule it must be False.
         keep_sources: a hint: the next attention reads some of the same sources, so that a part of them, up to
             a third of the L2, is worth keeping there. Otherwise the L2 drops them first.
 

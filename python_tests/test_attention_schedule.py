@@ -46,12 +46,39 @@ def places_of(schedule, batch) -> list[list[list[int]]]:
     return taken
 
 
+def plain_begins(counts, rows, ranges, unit, is_long) -> list[int]:
+    """Where ranges begin, and the end: at equal distances, to the nearest unit of their sequence.
+
+    Where they are long, the beginning of a sequence counts for half a unit too.
+    """
+    batch, cost, step = len(counts) - 1, unit // 2 if is_long else 0, unit if is_long else 1
+    size = counts[-1] + cost * batch
+    begins = []
+    for i in range(ranges):
+        row, at = divmod(i * size * rows // ranges, size)
+        seq = max(j for j in range(batch) if counts[j] + cost * j <= at)
+        block = at - counts[seq] - cost * (seq + 1)
+        rounded = max(0, block + step // 2) // step * step
+        begins.append(row * counts[-1] + min(counts[seq] + rounded, counts[seq + 1]))
+    return [*begins, rows * counts[-1]]
+
+
+def longest(begins, counts, rows, unit) -> int:
+    """Blocks of the range that takes longest, in whole units; a sequence in it takes half a unit besides."""
+    starts = [row * counts[-1] + count for row in range(rows) for count in counts[:-1]]
+    return max(
+        -(-(end - begin) // unit) * unit + (1 + sum(begin < x < end for x in starts)) * (unit // 2)
+        for begin, end in pairwise(begins)
+        if end > begin
+    )
+
+
 def check_places(schedule, lengths, max_seq_len, num_q, hq, hkv, window) -> None:
     """Ranges lie one after the other and cover all blocks, once or once a head, for each size of units.
 
-    They are as few as take no longer. Short ones are equal. Long ones are equal where the beginning of a
-    sequence counts for half a unit, but for the unit to which they are rounded at both ends and what a
-    beginning costs, which may lie in two of them.
+    Short ones are equal. Long ones are equal where the beginning of a sequence counts for half a unit, but
+    for the unit to which they are rounded at both ends and what a beginning costs, which may lie in two of
+    them. They are fewer than there are workers where the longest is then no longer.
     """
     counts = plain_schedule(lengths, max_seq_len, num_q, hq, hkv, window)
     head_rows = hkv * -(-hq // hkv * num_q // 64)
@@ -74,8 +101,11 @@ def check_places(schedule, lengths, max_seq_len, num_q, hq, hkv, window) -> None
         for i, (block, first, last, found) in enumerate(items):
             sharers = [j for j, end in enumerate(ends) if begins[j] < last and end > first]
             assert found == ((i - sharers[0], len(sharers)) if block > 0 else (0, 0))
-        units = max(1, -(-ends[-1] // unit))
-        assert len(taken) == (-(-units // -(-units // most)) if is_long else min(most, units))
+        units = -(-ends[-1] // unit)
+        full, few = (most, -(-units // -(-units // most))) if is_long else (min(most, units),) * 2
+        full, few = (plain_begins(counts, rows, ranges, unit, is_long) for ranges in (full, few))
+        is_no_longer = longest(few, counts, rows, unit) <= longest(full, counts, rows, unit)
+        assert [*begins, ends[-1]] == (few if is_no_longer else full)
         starts = [row * counts[-1] + count for row in range(rows) for count in counts[:-1]]
         weights = [
             end - begin + (cost if is_long else 0) * sum(begin <= x < end for x in starts)

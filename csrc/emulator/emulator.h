@@ -208,6 +208,8 @@ T __shfl_xor_sync(uint32_t mask, T value, int lanes) {
   return emulator::shuffle(mask, value, emulator::current->lane() ^ lanes);
 }
 
+inline int atomicMax(int* to, int x) { return std::exchange(*to, std::max(*to, x)); }
+
 inline uint32_t __ballot_sync(uint32_t mask, bool vote) {
   struct Vote {
     bool vote;

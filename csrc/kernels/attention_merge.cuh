@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kMergeThreads)
 
   const int channel = threadIdx.x % kRowThreads * 4, group = threadIdx.x / kRowThreads;
   const int first_worker = (last + 1 - count) * heads_in_step + (heads_in_step > 1 ? head_row : 0);
-  // See merge_partials().
+  // See plan_merge().
   float* const parts = p.partials + 2 * first_worker * p.partial_words + row * partial_row(D);
   const auto part_at = [&](int i) {
     return parts + (2 * i * heads_in_step + (i == 0 ? 1 : 0)) * p.partial_words;

@@ -31,8 +31,8 @@ struct Parts {
 
 // What a worker merges when it is through. Worked out while the kernel waits for its first loads.
 struct Merge {
-  Parts
-      parts[2];  // sums of groups of parts, if there are so many; parts, or none if there is nothing to merge
+  // Sums of groups of parts, if there are so many; and parts, or none if there is nothing to merge.
+  Parts parts[2];
   int rows;
   float* partial;  // where the result goes, as a partial one, or null
   ItemOutput output;
@@ -43,7 +43,7 @@ struct AttentionControl {
   RingControl<S> ring;
   float value_weights[S::kSources][S::D];  // of the item
   Merge merge;
-  alignas(16) float4 sums[S::kRows == 8 ? S::kThreads : 1];  // see combine()
+  alignas(16) float4 sums[S::kRows == 8 ? S::kThreads : 1];  // see RowAdders
   float2 stats[S::kRows == 8 ? S::kThreads : 1];
 };
 
@@ -397,9 +397,9 @@ struct AttentionState {
   }
 };
 
-// Waits for so many trips to the L2 and back, a second or two, before it takes words as they are, NaN: with a
+// Waits for so many trips to the L2 and back, some seconds, before it takes words as they are, NaN: with a
 // wrong schedule a worker may wait for one that nobody writes.
-constexpr int kPatience = 1 << 20;
+constexpr int kPatience = 1 << 22;
 
 // The weighted sum of some rows of partial results: 4 channels, and the row's maximum and sum of
 // exponentials.
@@ -457,7 +457,7 @@ __device__ __forceinline__ void store_output(const ItemOutput& output, int row, 
 // Who adds up the partial results of a row: D / 4 threads, a lane four channels. Where there are threads for
 // several times the rows of the item, the parts are dealt out to groups of them, whose sums meet in shared
 // memory; else rows follow each other. The order of all additions is fixed, so every run gives the same bits.
-// What runs once a kernel runs at the latency of each instruction: so there are no divisions here.
+// What runs once a kernel runs at the latency of each instruction: so the host divides by the rows.
 template <class S>
 struct RowAdders {
   static constexpr int kLanes = S::D / 4, kSlots = S::kThreads / kLanes;
@@ -481,6 +481,7 @@ struct RowAdders {
     if (groups > 1) {
       control.stats[threadIdx.x] = {merged.max, merged.sum};
       control.sums[threadIdx.x] = {merged.x[0], merged.x[1], merged.x[2], merged.x[3]};
+      __syncwarp();  // with heads of 64, the halves of a warp may have parted
       compute_barrier<S>();
 #pragma unroll 1
       for (int other = 1; other < groups && group == 0; ++other) {
@@ -501,9 +502,7 @@ struct RowAdders {
             float4{merged.x[0], merged.x[1], merged.x[2], merged.x[3]});
     if (channel == 0) publish(reinterpret_cast<float2*>(to + S::D), float2{merged.max, merged.sum});
   }
-  __device__ __forceinline__ bool next_row() {
-    return S::kRows > kSlots && (row += kSlots) < rows;  // eight rows at most are there at once
-  }
+  __device__ __forceinline__ bool next_row() { return S::kRows > kSlots && (row += kSlots) < rows; }
 };
 
 // Adds the results of the teams, in shared memory. All threads that compute call it.
@@ -540,10 +539,9 @@ __device__ __forceinline__ void combine_teams(const AttentionParams& p, Attentio
 template <class S>
 __device__ __forceinline__ void add_parts(const Parts parts, const RowAdders<S>& at, MergedRow& merged,
                                           int& patience) {
-  // A trip to the L2 takes long: with four heads of four query rows on 132 multiprocessors all parts of a
-  // row.
-  constexpr int kAtOnce =
-      S::kRows == 8 ? S::D / 8 + 1 : 4;  // with more rows registers are short in the main loop
+  // A trip to the L2 takes long: with 256 threads, all parts of a row of four where four heads have 132 CTAs.
+  // With more rows registers are short in the main loop.
+  constexpr int kAtOnce = S::kRows == 8 ? S::D / 8 + 1 : 4;
   const int row_offset = at.row * S::kPartialRow * int(sizeof(float));
 #pragma unroll 1
   for (int first = at.first(parts.count); first < parts.count; first += at.groups * kAtOnce) {

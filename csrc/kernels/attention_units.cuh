@@ -30,8 +30,8 @@ struct AttentionParams : FusedAttentionParams {
   int max_blocks;  // of a range, at most
   int stages;      // of the ring
   const RangePlace* places;
-  float* partials;    // two for each worker: of the item it begins in, and of the one it ends in
-  int partial_words;  // from one to the next
+  float* partials;                  // two for each worker: see plan_merge()
+  int partial_words;                // from one to the next
   int row_groups, inverse_of_rows;  // see RowAdders; 65536 / rows of an item, rounded up
   float kept_blocks;                // so many blocks' bytes of the sources stay in the L2
   bool merges_apart;                // attention_merge_kernel merges them
@@ -397,8 +397,8 @@ struct UnitLoader {
         char* const stage = ring + place.stage * S::kStageBytes;
         if (step_token(step) + S::kSliceTokens > now.newest) wait_for_previous_kernels();
         load_slice(p, now, step, place, stage, control);
-        if (now.new_item &&
-            step == kSlices - 1) {  // last, because the kernel before this one made the queries
+        if (now.new_item && step == kSlices - 1) {
+          // Last, because the kernel before this one made the queries.
           wait_for_previous_kernels();
           StageCopies<S>::copy_item(p, now.seq, now.head, now.row_block, stage);
           mbarrier_arrive_after_copies(smem_address(&control.item[place.stage]));
@@ -526,7 +526,7 @@ struct OwnLoader {
       if (threadIdx.x % 32 == 0) StageCopies<S>::write_visible(control.visible[stage], slice, mask);
       if ((slice + 1) * S::kSliceTokens > unit.at.newest(p)) wait_for_previous_kernels();
       StageCopies<S>::copy_sources(p, unit.at.head, unit.page, unit.offset_in_page, mask, to, slice, policy);
-      if (unit.new_item) {  // last, because the kernel before this one made the queries
+      if (unit.new_item) {  // last: the kernel before this one made the queries
         wait_for_previous_kernels();
         StageCopies<S>::copy_item(p, unit.at.seq, unit.at.head, unit.at.row_block, to);
       }

@@ -5,7 +5,8 @@
 // as long as half a unit of several blocks does, whatever its length. Each worker takes an equal range of
 // both, to the nearest unit of an item, so that all CTAs end together whatever the lengths are. An item that
 // crosses workers leaves partial results, which the last of its workers merges, or attention_merge_kernel; of
-// many, some of the workers before it merge groups first.
+// many, some of the workers before it merge groups first. For there to be few of them, some workers take no
+// range where the longest of all then is no longer.
 // Where each range begins is computed once for all layers, because its divisions take a kernel longer than a
 // trip to the L2.
 //
@@ -60,14 +61,15 @@ struct WorkSplit {
   int cost;  // what an item counts for besides its blocks, in blocks
   int step;  // ranges begin at multiples of it in their item
 
-  __device__ WorkSplit(int blocks, int most_ranges, int unit_blocks) {
-    // As few as take no longer, because all have partial results to merge.
+  // With `fewer`, as few ranges as the largest one would have units for, if the units were all there is.
+  __device__ WorkSplit(int blocks, int most_ranges, int unit_blocks, bool fewer) {
     const int units = max(1, ceil_div(blocks, unit_blocks));
-    ranges = ceil_div(units, ceil_div(units, most_ranges)), cost = unit_blocks / 2, step = unit_blocks;
+    ranges = fewer ? ceil_div(units, ceil_div(units, most_ranges)) : most_ranges;
+    cost = unit_blocks / 2, step = unit_blocks;
     if (blocks / most_ranges >= unit_blocks + cost) return;
     // Short ranges, rounded, might be empty. And never more ranges than units: smaller shares would only make
     // more partial results to merge.
-    ranges = max(1, min(most_ranges, ceil_div(blocks, unit_blocks))), cost = 0, step = 1;
+    ranges = min(most_ranges, units), cost = 0, step = 1;
   }
 };
 static_assert(kMostItemCost == 4 / 2, "a unit has 4 blocks at most");

@@ -41,6 +41,19 @@ struct Work {
     return head_row * blocks + min(counts[seq] + rounded, counts[seq + 1]);
   }
 
+  // The number of the item that a block is in.
+  __device__ int item_of(int block) const {
+    const int head_row = block / blocks;
+    return head_row * batch +
+           last_at_most(block - head_row * blocks, batch, [&](int i) { return counts[i]; });
+  }
+  // How long a range takes, in blocks.
+  __device__ int time_of(int begin, int end, int unit_blocks) const {
+    if (begin == end) return 0;
+    const int items = item_of(end - 1) - item_of(begin) + 1;
+    return ceil_div(end - begin, unit_blocks) * unit_blocks + items * (unit_blocks / 2);
+  }
+
   // `begins`: the number of the first block of each range, and of the end.
   __device__ RangePlace place_of(const AttentionScheduleParams& p, const int* begins, int range) const {
     const int begin = begins[range], end = begins[range + 1];
@@ -92,18 +105,30 @@ __global__ void __launch_bounds__(kThreads)
     before += total;
     __syncthreads();  // storage is used again, and the counts are read
   }
-  __shared__ int begins[kUnitSizes][kMaxWorkers + 1];
+  // Of both splits of WorkSplit, that into fewer ranges last.
+  constexpr int kSplits = 2 * kUnitSizes;
+  __shared__ int begins[kSplits][kMaxWorkers + 1], longest[kSplits];
   const Work work{p.schedule, p.batch, before, in_step ? 1 : head_rows};
-  for (int i = threadIdx.x; i < kUnitSizes * (kMaxWorkers + 1); i += kThreads) {
-    const int size = i / (kMaxWorkers + 1), range = i % (kMaxWorkers + 1);
-    const WorkSplit split(before * work.head_rows, ranges, 1 << size);
-    begins[size][range] =
+  if (threadIdx.x < kSplits) longest[threadIdx.x] = 0;
+  for (int i = threadIdx.x; i < kSplits * (kMaxWorkers + 1); i += kThreads) {
+    const int which = i / (kMaxWorkers + 1), range = i % (kMaxWorkers + 1);
+    const WorkSplit split(before * work.head_rows, ranges, 1 << which % kUnitSizes, which >= kUnitSizes);
+    begins[which][range] =
         range < split.ranges && before > 0 ? work.begin_of(split, range) : before * work.head_rows;
   }
   __syncthreads();
+  for (int i = threadIdx.x; i < kSplits * kMaxWorkers; i += kThreads) {
+    const int which = i / kMaxWorkers;
+    const int* const begin = begins[which] + i % kMaxWorkers;
+    atomicMax(longest + which, work.time_of(begin[0], begin[1], 1 << which % kUnitSizes));
+  }
+  __syncthreads();
   auto* const places = reinterpret_cast<RangePlace*>(p.schedule + counts);
-  for (int i = threadIdx.x; i < kUnitSizes * kMaxWorkers; i += kThreads)
-    places[i] = work.place_of(p, begins[i / kMaxWorkers], i % kMaxWorkers);
+  for (int i = threadIdx.x; i < kUnitSizes * kMaxWorkers; i += kThreads) {
+    const int size = i / kMaxWorkers, fewer = size + kUnitSizes;
+    const int which = longest[fewer] <= longest[size] ? fewer : size;
+    places[i] = work.place_of(p, begins[which], i % kMaxWorkers);
+  }
 }
 
 }  // namespace
