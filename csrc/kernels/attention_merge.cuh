@@ -16,8 +16,9 @@ template <int D>
 __global__ void __launch_bounds__(kMergeThreads)
     attention_merge_kernel(const __grid_constant__ AttentionParams p, const RangePlace* places,
                            int heads_in_step, int ranges) {
-  constexpr int kRowThreads = D / 4, kGroups = kMergeThreads / kRowThreads, kAtOnce = 4;
-  __shared__ int merger;  // the range in which the item ends, if it did not begin there
+  constexpr int kRowThreads = D / 4, kGroups = kMergeThreads / kRowThreads;
+  constexpr int kAtOnce = 5;  // with heads of 128, all parts of a row where four heads have 132 CTAs
+  __shared__ int merger;      // the range in which the item ends, if it did not begin there
   __shared__ float2 stats_of[kGroups];
   __shared__ float4 sums[kGroups][kRowThreads];
 

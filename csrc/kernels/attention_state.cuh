@@ -363,6 +363,15 @@ struct AttentionState {
   __device__ void finish(const AttentionControl<S>& control, char* stage) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float* const partial = reinterpret_cast<float*>(stage) + warp / S::kTeamWarps * S::kPartialFloats;
+    // All loaded before anything is stored, which for all that the compiler knows might change them.
+    float weights[S::kSources][S::D / 16][2];
+#pragma unroll
+    for (int s = 0; s < S::kSources; ++s)
+#pragma unroll
+      for (int d = 0; d < S::D / 16; ++d)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          weights[s][d][half] = control.value_weights[s][value_channel<S>(d, half)];
 #pragma unroll
     for (int n = 0; n < S::kRowTiles; ++n) {
 #pragma unroll
@@ -382,7 +391,7 @@ struct AttentionState {
             total[half] = 0.f;
 #pragma unroll
             for (int s = 0; s < S::kSources; ++s) {
-              total[half] += control.value_weights[s][value_channel<S>(d, half)] * out[s][n][d][2 * half + j];
+              total[half] += weights[s][d][half] * out[s][n][d][2 * half + j];
             }
           }
           if constexpr (sizeof(typename S::C) == 1) {
@@ -510,7 +519,7 @@ template <class S>
 __device__ __forceinline__ void combine_teams(const AttentionParams& p, AttentionControl<S>& control,
                                               const float* teams, int rows, float* partial,
                                               const ItemOutput& output) {
-  constexpr int kAtOnce = 4;
+  constexpr int kAtOnce = S::kRows == 8 ? 4 : S::kTeams;  // with few rows, teams are dealt out to groups
   RowAdders<S> at(p, rows);
 #pragma unroll 1
   do {

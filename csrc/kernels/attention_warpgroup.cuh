@@ -185,25 +185,39 @@ struct WarpgroupState {
 
   __device__ void finish(const AttentionControl<S>& control, char* stage) {
     const int lane = threadIdx.x % 32;
-    float* const partial = reinterpret_cast<float*>(stage) + threadIdx.x / 128 * S::kPartialFloats;
+    float* const to = reinterpret_cast<float*>(stage) + threadIdx.x / 128 * S::kPartialFloats +
+                      (first_row() + lane / 4) * S::kPartialRow;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       float sum = row_sum[j];
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
-      float* const to = partial + (first_row() + lane / 4 + j * 8) * S::kPartialRow;
-      if (lane % 4 == 0) *reinterpret_cast<float2*>(to + S::D) = make_float2(row_max[j], sum);
-#pragma unroll
-      for (int d = 0; d < S::D / 8; ++d) {
-        const int channel = d * 8 + lane % 4 * 2;
-        float2 total = make_float2(0.f, 0.f);
-#pragma unroll
-        for (int s = 0; s < S::kSources; ++s) {
-          const float2 weight = *reinterpret_cast<const float2*>(&control.value_weights[s][channel]);
-          total.x += weight.x * out[s][d * 4 + j * 2], total.y += weight.y * out[s][d * 4 + j * 2 + 1];
-        }
-        *reinterpret_cast<float2*>(to + channel) = total;
+      if (lane % 4 == 0) {
+        *reinterpret_cast<float2*>(to + j * 8 * S::kPartialRow + S::D) = make_float2(row_max[j], sum);
       }
+    }
+    constexpr int kAtOnce = 4;  // weights that are loaded before anything is stored, as in AttentionState
+#pragma unroll
+    for (int first = 0; first < S::D / 8; first += kAtOnce) {
+      const int channel = first * 8 + lane % 4 * 2;
+      float2 weights[S::kSources][kAtOnce];
+#pragma unroll
+      for (int s = 0; s < S::kSources; ++s)
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i)
+          weights[s][i] = *reinterpret_cast<const float2*>(&control.value_weights[s][channel + i * 8]);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          float2 total = make_float2(0.f, 0.f);
+#pragma unroll
+          for (int s = 0; s < S::kSources; ++s) {
+            const float* const sums = out[s] + (first + i) * 4 + j * 2;
+            total.x += weights[s][i].x * sums[0], total.y += weights[s][i].y * sums[1];
+          }
+          *reinterpret_cast<float2*>(to + j * 8 * S::kPartialRow + channel + i * 8) = total;
+        }
     }
   }
 };
