@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import gc
+import inspect
 import json
 import math
 import shlex
@@ -374,11 +375,13 @@ def transformers_rows(preset: str, kv_heads: int, args: argparse.Namespace) -> I
     with torch.device(args.device):
         model = transformers.Qwen3ForCausalLM(hf_config).to(args.dtype).eval()
     clock, device = Clock(args.device), args.device
+    # Transformers renamed the argument after 5.17, and takes any other name without a word.
+    argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
     def prefill(ids: torch.Tensor) -> object:
         length = ids.shape[1] + WARM_UP + args.steps
         cache = transformers.StaticCache(config=hf_config, max_cache_len=length)
-        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1)
+        model(ids, **{argument: cache}, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1)
         return cache
 
     @torch.no_grad()
@@ -399,7 +402,7 @@ def transformers_rows(preset: str, kv_heads: int, args: argparse.Namespace) -> I
                 torch.compiler.cudagraph_mark_step_begin()
             logits = forward(
                 ids[:, -1:],
-                past_key_values=cache,
+                **{argument: cache},
                 position_ids=position.expand(batch, 1),
                 cache_position=position,
                 use_cache=True,
