@@ -90,7 +90,6 @@ inline uint64_t keep_policy(float fraction) {
 }
 
 // Takes effect now, or when its group is waited for.
-template <int fetch = 128>
 inline void cp_async_16(uint32_t smem, const void* global, bool valid, uint64_t = 0) {
   if (reinterpret_cast<uintptr_t>(global) % 16) fail("cp.async from %p", global);
   char* const to = shared_pointer(smem, 16);

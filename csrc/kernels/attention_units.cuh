@@ -301,11 +301,6 @@ struct StageCopies {
     // illegal instruction where there is a policy.
     return start ^ (chunk % S::kPieceChunks ^ row_swizzle<S::kPieceChunks>(row)) * 16;
   }
-  static __device__ __forceinline__ void copy_chunk(uint32_t to, const void* from, bool valid,
-                                                    uint64_t policy) {
-    constexpr int kFetch = S::kRowBytes < 128 ? 256 : 128;
-    cp_async_16<kFetch>(to, from, valid, policy);
-  }
 
   // The rows of a slice that lies in one page are at equal distances.
   static __device__ __forceinline__ void copy_slice(const PagedCache (&sources)[2], int count,
@@ -322,8 +317,8 @@ struct StageCopies {
       const char* const source = static_cast<const char*>(sources[s].data) + from;
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {
-        copy_chunk(destination(to, i) + s * S::kPlaneBytes, source + product(strides.token, i * kRowsAtOnce),
-                   valid >> i * kRowsAtOnce & 1, policy);
+        cp_async_16(destination(to, i) + s * S::kPlaneBytes, source + product(strides.token, i * kRowsAtOnce),
+                    valid >> i * kRowsAtOnce & 1, policy);
       }
     }
   }
@@ -343,8 +338,8 @@ struct StageCopies {
                            threadIdx.x % S::kRowChunks * (16 / sizeof(C));
 #pragma unroll 1
       for (int s = 0; s < count; ++s) {
-        copy_chunk(destination(to, i) + s * S::kPlaneBytes, static_cast<const C*>(sources[s].data) + from,
-                   mask >> row & 1, policy);
+        cp_async_16(destination(to, i) + s * S::kPlaneBytes, static_cast<const C*>(sources[s].data) + from,
+                    mask >> row & 1, policy);
       }
     }
   }

@@ -18,21 +18,12 @@ __device__ __forceinline__ void cp_async_16(uint32_t smem, const void* global, b
                : "memory");
 }
 
-// The same with a policy of l2_policy.cuh. The L2 fetches `fetch` bytes around them, which pays where the
-// neighbours are read too.
-template <int fetch>
+// The same with a policy of l2_policy.cuh.
 __device__ __forceinline__ void cp_async_16(uint32_t smem, const void* global, bool valid, uint64_t policy) {
-  static_assert(fetch == 128 || fetch == 256);
   const int bytes = valid ? 16 : 0;
-  if constexpr (fetch == 128) {
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(smem),
-                 "l"(global), "r"(bytes), "l"(policy)
-                 : "memory");
-  } else {
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::256B [%0], [%1], 16, %2, %3;" ::"r"(smem),
-                 "l"(global), "r"(bytes), "l"(policy)
-                 : "memory");
-  }
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(smem),
+               "l"(global), "r"(bytes), "l"(policy)
+               : "memory");
 }
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
