@@ -222,8 +222,7 @@ bool verify() {
   return true;
 }
 
-// Batches with more units of 64 KB for each worker than the ring has stages, but not many more: under
-// racecheck workers end seconds apart, and wait for each other only so long. With f16 queries, because the
+// Batches with more units of 64 KB for each worker than the ring has stages. With f16 queries, because the
 // split does not depend on their dtype and f16 has the smaller noise.
 template <class C>
 bool verify_large() {

@@ -36,6 +36,9 @@ struct Merge {
   int rows;
   float* partial;  // where the result goes, as a partial one, or null
   ItemOutput output;
+  // Here because compute-sanitizer's racecheck slows shared memory alone: so it slows those who wait as much
+  // as those whom they wait for.
+  int patience;
 };
 
 template <class S>
@@ -547,7 +550,7 @@ __device__ __forceinline__ void combine_teams(const AttentionParams& p, Attentio
 // share.
 template <class S>
 __device__ __forceinline__ void add_parts(const Parts parts, const RowAdders<S>& at, MergedRow& merged,
-                                          int& patience) {
+                                          const volatile int& patience, int& tries) {
   // A trip to the L2 takes long: with 256 threads, all parts of a row of four where four heads have 132 CTAs.
   // With more rows registers are short in the main loop.
   constexpr int kAtOnce = S::kRows == 8 ? S::D / 8 + 1 : 4;
@@ -579,7 +582,7 @@ __device__ __forceinline__ void add_parts(const Parts parts, const RowAdders<S>&
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i)
         missing |= is_empty(y[i].x) || is_empty(y[i].y) || is_empty(y[i].z) || is_empty(y[i].w);
-    } while (missing && --patience > 0);
+    } while (missing && ++tries < patience);
     float largest = stats.x;
 #pragma unroll
     for (int i = 1; i < at.kLanes; i *= 2) largest = fmaxf(largest, __shfl_xor_sync(at.lanes, largest, i));
@@ -601,12 +604,12 @@ template <class S>
 __device__ __forceinline__ void merge_parts(const AttentionParams& p, AttentionControl<S>& control) {
   const Merge& merge = control.merge;
   RowAdders<S> at(p, merge.rows);
-  int patience = kPatience;
+  int tries = 0;
 #pragma unroll 1
   do {
     MergedRow merged;
 #pragma unroll 1  // one copy of the code: instructions are fetched from memory too
-    for (int i = 0; i < 2; ++i) add_parts<S>(merge.parts[i], at, merged, patience);
+    for (int i = 0; i < 2; ++i) add_parts<S>(merge.parts[i], at, merged, merge.patience, tries);
 #pragma unroll
     for (int i = 1; i < at.kLanes; i *= 2) merged.sum += __shfl_xor_sync(at.lanes, merged.sum, i);
     if (at.meet(control, merged)) at.store(merged, merge.partial, merge.output);
@@ -654,7 +657,7 @@ __device__ __forceinline__ Merge plan_merge(const AttentionParams& p, const Bloc
   if (is_last && group > 0)
     merge.parts[0] = {of_part(kGroupParts - 1) + part_bytes, group, pitch * kGroupParts, 0};
   merge.parts[1] = {of_part(first), part + 1 - first, pitch, first == 0 ? part_bytes : 0};
-  merge.rows = item_rows(p, at.row_block);
+  merge.rows = item_rows(p, at.row_block), merge.patience = kPatience;
   merge.partial = is_last ? nullptr : reinterpret_cast<float*>(own + part_bytes);
   merge.output = item_output<S::D>(p, at.seq, at.head, at.row_block);
   return merge;

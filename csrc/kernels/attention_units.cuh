@@ -197,7 +197,8 @@ struct RingControl {
   alignas(8) uint8_t visible[kMaxStages][S::kUnitTokens / 8];  // one bit a token: it may be seen
   static constexpr int kBarriers = S::kLoadsItself ? 1 : kMaxStages;
   uint64_t full[kBarriers][S::kTeams], empty[kBarriers][S::kTeams];  // the slices of a team
-  uint64_t item[kBarriers];  // full: the queries and weights of an item that begins in the stage
+  // The queries and weights of an item that begins in the stage: there, and read by all.
+  uint64_t item[kBarriers], started[kBarriers];
   // Empty, where an item ended. All threads that compute used the stage then; that those of other teams have
   // left it follows from what the loader waits for anyway, but only this says it to racecheck.
   uint64_t met[kBarriers];
@@ -214,6 +215,7 @@ struct RingControl {
         mbarrier_init(smem_address(&empty[i][warp]), S::kTeamWarps * 32);
       }
       if (warp == 0) mbarrier_init(smem_address(&item[i]), S::kLoadingThreads);
+      if (warp == 0) mbarrier_init(smem_address(&started[i]), S::kThreads);
       if (warp == 0) mbarrier_init(smem_address(&met[i]), S::kThreads);
     }
   }
@@ -377,8 +379,9 @@ struct UnitLoader {
   __device__ __forceinline__ void load_all(const AttentionParams& p, char* ring, RingControl<S>& control) {
     RingPlace place;
     Window window;
-    uint32_t met = 0, parities = 0;  // bits: of the stages in which an item ended, and of their barriers
-    do {                             // the first time only looks up
+    // Bits: the stages in which an item ended; the parities of `met`, and of `started`.
+    uint32_t met = 0, met_parities = 0, started_parities = ~0u;
+    do {  // the first time only looks up
       const Window now = window;
       window.steps = 0;
       if (at.remaining > 0) look_up(p, window);
@@ -386,13 +389,17 @@ struct UnitLoader {
       for (int step = 0; step < now.steps; ++step) {
         const uint32_t bit = 1u << place.stage;
         if (met & bit) {
-          mbarrier_wait(smem_address(&control.met[place.stage]), (parities & bit) != 0);
-          met ^= bit, parities ^= bit;
+          mbarrier_wait(smem_address(&control.met[place.stage]), (met_parities & bit) != 0);
+          met ^= bit, met_parities ^= bit;
         }
         char* const stage = ring + place.stage * S::kStageBytes;
         if (step_token(step) + S::kSliceTokens > now.newest) wait_for_previous_kernels();
         load_slice(p, now, step, place, stage, control);
         if (now.new_item && step == kSlices - 1) {
+          // By a barrier of its own: within an item teams may be any number of rounds apart, of which `empty`
+          // only tells whether they are odd.
+          mbarrier_wait(smem_address(&control.started[place.stage]), (started_parities & bit) != 0);
+          started_parities ^= bit;
           // Last, because the kernel before this one made the queries.
           wait_for_previous_kernels();
           StageCopies<S>::copy_item(p, now.seq, now.head, now.row_block, stage);
@@ -457,12 +464,8 @@ struct UnitLoader {
     const bool inside = token >= window.first && token < window.end;
     const uint32_t mask = __ballot_sync(~0u, inside && index_is_inside(page, p.cache.num_pages));
 
-    // Where an item begins, all teams have to have left: they have read the queries that were there, and none
-    // is past this item's, so that nobody misses a phase of `item`.
-    const bool starts_item = step == 0 && window.new_item;
     const int team = slice / S::kTeamWarps;
-    for (int other = starts_item ? 0 : team; other < (starts_item ? S::kTeams : team + 1); ++other)
-      mbarrier_wait(smem_address(&control.empty[place.stage][other]), place.parity ^ 1);
+    mbarrier_wait(smem_address(&control.empty[place.stage][team]), place.parity ^ 1);
     __syncwarp();
     const uint32_t full = smem_address(&control.full[place.stage][team]);
     if (lane == 0) {

@@ -84,6 +84,7 @@ __global__ void __launch_bounds__(S::kCtaThreads, 1)
       mbarrier_wait(address(control.ring.item[place.stage]), item_parities >> place.stage & 1);
       item_parities ^= 1u << place.stage;
       state.start(p, control, ring + place.stage * S::kStageBytes);
+      mbarrier_arrive(address(control.ring.started[place.stage]));
     }
     int left = at.item_blocks();
     // A worker has at most two partial results: of the item it begins in, and of the one it ends in.
