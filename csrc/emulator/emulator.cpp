@@ -47,7 +47,7 @@ int environment(const char* name, int otherwise) {
   return text == nullptr ? otherwise : std::atoi(text);
 }
 const int kSeed = environment("EMULATOR_SEED", 1), kMultiprocessors = environment("EMULATOR_SMS", 8);
-constexpr double kSlowPace = 0.1;     // of every other warp
+constexpr double kSlowPace = 0.1;     // of every fourth warp; as many run only when nobody else can
 constexpr double kLandingRate = 0.1;  // of what the copy engine has in flight, a turn of all warps
 
 bool chance(double probability) { return generator() * 0x1p-64 < probability; }
@@ -173,7 +173,7 @@ class Scheduler {
       for (int w = 0; w < warps; ++w) {
         Warp& warp = warps_[rank * warps + w];
         if (threads - 32 * w < 32) warp.exited = ~0u << (threads - 32 * w);
-        warp.pace = coin() ? 1.0 : kSlowPace;
+        warp.pace = coin() ? 1.0 : coin() ? kSlowPace : 0.0;
         warp.products.emplace_back();
       }
     }
@@ -194,16 +194,17 @@ class Scheduler {
     std::vector<int> order(warps_.size());
     std::iota(order.begin(), order.end(), 0);
     left_ = threads * static_cast<int>(cluster_.ctas.size());
-    for (bool moved = true; left_ > 0;) {
-      const bool everyone = !moved;  // lets the slow ones run too, before it says that nothing can
-      moved = false;
+    // Where nothing moves, what is in flight lands, then all that are slow may run, then those without a
+    // pace.
+    for (int idle = 0; left_ > 0;) {
+      bool moved = false;
       for (size_t i = cluster_.in_flight.size(); i-- > 0;) {
         if (chance(kLandingRate)) land(i), moved = true;
       }
       std::shuffle(order.begin(), order.end(), generator);
       for (const int w : order) {
         if (warps_[w].exited == ~0u) continue;
-        if (!everyone && !chance(warps_[w].pace)) continue;
+        if (idle < 2 && !(idle == 1 && warps_[w].pace > 0) && !chance(warps_[w].pace)) continue;
         const int first = w % warps * 32;
         Fiber** const lanes = &fibers_[w / warps * threads + first];
         while (run_lanes(lanes, std::min(32, threads - first))) {
@@ -211,9 +212,13 @@ class Scheduler {
           if (chance(0.1)) break;
         }
       }
-      if (moved || !everyone) continue;
-      if (cluster_.in_flight.empty()) hang();
-      land(generator() % cluster_.in_flight.size());
+      if (moved) {
+        idle = 0;
+      } else if (!cluster_.in_flight.empty()) {
+        land(generator() % cluster_.in_flight.size());
+      } else if (++idle > 2) {
+        hang();
+      }
     }
   }
 
