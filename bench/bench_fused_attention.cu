@@ -222,8 +222,8 @@ bool verify() {
   return true;
 }
 
-// Batches with more units of 64 KB for each worker than the ring has stages. With f16 queries, because the
-// split does not depend on their dtype and f16 has the smaller noise.
+// Batches with so many units of 64 KB for each worker. With f16 queries, because the split does not depend on
+// their dtype and f16 has the smaller noise.
 template <class C>
 bool verify_large() {
   struct Case {
@@ -232,8 +232,9 @@ bool verify_large() {
   int device, multiprocessors;
   CUDA_CHECK(cudaGetDevice(&device));
   CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  // Heads in step; some sequences, of several rounds of the ring, for each worker; on 132 multiprocessors 48
-  // heads do not go in step; a partial result of each worker, merged in groups.
+  // Heads in step, more units than the ring has stages; some sequences, of several rounds of the ring, for
+  // each worker; on 132 multiprocessors 48 heads do not go in step; a partial result of each worker, merged
+  // in groups.
   for (const Case& c : {Case{8, 8, 1, 3, 8}, Case{2, 2, 2, multiprocessors, 20}, Case{48, 48, 1, 5, 8},
                         Case{8, 1, 1, 1, 3}}) {
     const int64_t token_bytes = 2 * c.sources * c.hkv * 128 * sizeof(C);

@@ -91,7 +91,7 @@ struct Meeting {
 struct Warp {
   Meeting meetings[8];
   uint32_t exited = 0;
-  double pace = 1.0;            // the probability that it runs when it could
+  double pace = 1.0;            // the probability that it runs when it and others could
   std::vector<Group> products;  // wgmma; the last one is not committed
 };
 
