@@ -204,7 +204,9 @@ class Scheduler {
       std::shuffle(order.begin(), order.end(), generator);
       for (const int w : order) {
         if (warps_[w].exited == ~0u) continue;
-        if (idle < 2 && !(idle == 1 && warps_[w].pace > 0) && !chance(warps_[w].pace)) continue;
+        const double pace = warps_[w].pace;
+        const bool may_run = idle == 2 || (idle == 1 && pace > 0) || chance(pace);
+        if (!may_run) continue;
         const int first = w % warps * 32;
         Fiber** const lanes = &fibers_[w / warps * threads + first];
         while (run_lanes(lanes, std::min(32, threads - first))) {
